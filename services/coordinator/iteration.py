@@ -447,6 +447,7 @@ def rollout_metrics(
     """Returns the metrics of the generation."""
     ended = Counter(map(reason_name, counts.ended.values()))
     seconds = timeline.phases["rollout"].seconds
+    engine_seconds = counts.prefill_seconds + counts.decode_seconds
     complete = Counter(reason_name(trajectory.end_reason) for trajectory in batch.trajectories)
     lengths = [trajectory.tokens for trajectory in batch.trajectories]
     return {
@@ -456,9 +457,10 @@ def rollout_metrics(
         "rollout/cached_tokens": counts.cached_tokens,
         "rollout/prefilled_tokens": counts.prefilled_tokens,
         "rollout/prefill_share": rate(counts.prefilled_tokens, counts.prefilled_tokens + counts.tokens),
-        "rollout/prefill_seconds": round(counts.prefill_seconds, 4),
-        "rollout/decode_seconds": round(counts.decode_seconds, 4),
-        "rollout/prefill_time_share": rate(counts.prefill_seconds, counts.prefill_seconds + counts.decode_seconds),
+        # A call says them when it ends: nothing is known of one that was cut.
+        "rollout/prefill_seconds": round(counts.prefill_seconds, 4) if engine_seconds else None,
+        "rollout/decode_seconds": round(counts.decode_seconds, 4) if engine_seconds else None,
+        "rollout/prefill_time_share": rate(counts.prefill_seconds, engine_seconds),
         "rollout/tokens_per_second": round(counts.timed_tokens / seconds, 1) if seconds else None,
         "rollout/token_budget/base": counts.base_budget,
         "rollout/token_budget/mean": mean(counts.budgets),

@@ -267,7 +267,7 @@ class Mirror:
         """Copies a published file, or the files of a published folder, that are not here."""
         if self.url is None:
             return
-        for rest in list_files(join(self.url, name), self._field):
+        for rest in list_files(join(self.url, name), self._field) or [""]:
             path = Path(self.path, name, rest)
             content = None if path.exists() else read_file(self._url_of(path), self._field)
             if content is not None:

@@ -164,8 +164,9 @@ async def test_killed_in_every_phase_it_goes_on(buffer_address: str, tmp_path: P
     assert len(peers.trainer.trained) > len(committed)
     lines = [json.loads(line) for line in (run_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == list(range(1, ITERATIONS + 1))
-    # An iteration that was cut has all of its figures.
-    assert [(line["iteration"], key) for line in lines for key, value in line.items() if value is None] == []
+    # An iteration that was cut has all of its figures but those that a call tells at its end.
+    ends = {"rollout/prefill_seconds", "rollout/decode_seconds", "rollout/prefill_time_share"}
+    assert {key for line in lines for key, value in line.items() if value is None} <= ends
     assert {line["iteration"]: n for line in lines if (n := line["train/trajectories"])} == {
         iteration: sum(len(group.trajectories) for group in request.groups) for iteration, request in committed.items()
     }

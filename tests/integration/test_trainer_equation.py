@@ -329,7 +329,7 @@ def read_ids(engine: Engine, groups: dict[str, list[MadeTrajectory]], request: p
 
     found, read = to_trajectories(groups), list[str]()
 
-    def reader(run_id: str, ids: Sequence[str]) -> dict[str, Any]:
+    def reader(run_id: str, ids: Sequence[str], tokens: int) -> dict[str, Any]:
         read.extend(ids)
         return {name: found[name] for name in ids}
 
@@ -429,12 +429,12 @@ def fail_to_read(engine: Engine, groups: dict[str, list[MadeTrajectory]], reques
 
     found, errors = to_trajectories(groups), list[str]()
 
-    def away(run_id: str, ids: Sequence[str]) -> dict[str, Any]:
+    def away(run_id: str, ids: Sequence[str], tokens: int) -> dict[str, Any]:
         if engine.dims.rank == 1:
             raise UnavailableError("the buffer is away")
         return {name: found[name] for name in ids}
 
-    def cut(run_id: str, ids: Sequence[str]) -> dict[str, Any]:
+    def cut(run_id: str, ids: Sequence[str], tokens: int) -> dict[str, Any]:
         whole = {name: found[name] for name in ids}
         if engine.dims.rank == 1:
             whole[ids[0]] = replace(whole[ids[0]], tokens_T=whole[ids[0]].tokens_T[:-1])
@@ -468,7 +468,7 @@ def train_from_buffer(engine: Engine, buffer_address: str, request: pb.TrainRequ
         engine.job_context(),
         request,
         0,
-        lambda run_id, ids: asyncio.run(read_over_own_channel(config, run_id, ids)),
+        lambda run_id, ids, tokens: asyncio.run(read_over_own_channel(config, run_id, ids, tokens)),
     )
 
 

@@ -317,7 +317,11 @@ def train_replayed(engine: Engine, trajectories: dict[str, Trajectory], request:
     from services.trainer.training import train_iteration
 
     result = train_iteration(
-        engine.policy, engine.job_context(), request, 0, lambda _, ids: {name: trajectories[name] for name in ids}
+        engine.policy,
+        engine.job_context(),
+        request,
+        0,
+        lambda _, ids, tokens: {name: trajectories[name] for name in ids},
     )
     return dict(result.metrics), dict(engine.policy.collect())
 

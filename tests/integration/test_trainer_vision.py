@@ -301,7 +301,11 @@ def learn(engine: Engine, folder: Path) -> tuple[list[float], dict[str, torch.Te
         metrics += [done.loss, done.grad_norm]
     request = describe(trajectories)
     result = train_iteration(
-        engine.policy, engine.job_context(), request, 0, lambda _, ids: {name: trajectories[name] for name in ids}
+        engine.policy,
+        engine.job_context(),
+        request,
+        0,
+        lambda _, ids, tokens: {name: trajectories[name] for name in ids},
     )
     metrics += [result.metrics[f"train/{name}"] for name in METRICS]
     return metrics, {name: tensor.clone() for name, tensor in engine.policy.collect()}

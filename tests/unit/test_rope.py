@@ -145,8 +145,9 @@ def test_a_recipes_rope_reaches_all_who_read_the_model(tmp_path: Path) -> None:
 def test_the_pages_recipes_are_recipes(tmp_path: Path) -> None:
     page = Path(__file__).parents[2] / "docs/long-context.md"
     texts = re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
-    assert len(texts) == 3
-    for text in texts:
+    with_rope = [text for text in texts if "rope:" in text]
+    assert with_rope
+    for text in with_rope:
         recipe = text.replace("run:\n", "run:\n  prompts: p\n  heldout: p\n  iterations: 1\n")
         recipe = recipe.replace("trainer: {", "trainer: {model: m, run_path: r, ")
         (tmp_path / "recipe.yaml").write_text(recipe)
