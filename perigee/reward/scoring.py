@@ -54,7 +54,7 @@ class ScoreClient(Protocol):
     def score(self, request: pb.ScoreRequest, *, timeout_s: float) -> AsyncIterator[pb.ScoreResponse]: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScoringOptions:
     """Sizes, numbers and times of the calls."""
 

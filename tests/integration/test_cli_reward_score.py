@@ -204,6 +204,7 @@ async def test_a_service_that_is_not_there_is_named(tmp_path: Path) -> None:
     file = write(tmp_path / "items.jsonl", [math_line("a", "#4")])
     ended = await run_perigee("reward", "score", str(file), "--address", "127.0.0.1:9", "--outage", "0")
     assert ended.code == 1
+    assert "for 0 s: " in ended.stderr
     assert "cannot be reached" in ended.stderr
     assert "0 of 1 outcomes are kept; resume with: perigee reward score" in ended.stderr
 

@@ -43,7 +43,13 @@ def score(
         from perigee.cli.reward.score import ScoreCommand, run_score
         from perigee.reward.scoring import ScoringOptions
 
-        options = ScoringOptions(batch, concurrency, attempts, call_timeout_s, unavailable_s)
+        options = ScoringOptions(
+            batch=batch,
+            concurrency=concurrency,
+            attempts=attempts,
+            call_timeout_s=call_timeout_s,
+            unavailable_s=unavailable_s,
+        )
         raise typer.Exit(run_score(ScoreCommand(file, out, address, channel, resume, overwrite, plain), options))
 
 
