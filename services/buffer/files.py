@@ -24,7 +24,7 @@ from perigee.errors import AbortedError, DataLossError, FailedPreconditionError,
 from services.buffer.config import OffloadConfig
 from services.buffer.scripts import Arguments, Durability, ScriptRunner, load_script
 from services.kit.storage import StagedFile, delete_file, join, list_files, read_ranges
-from services.kit.tasks import finish
+from services.kit.tasks import finish, keeping_cancellation
 from services.kit.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -116,11 +116,8 @@ class Mover:
 
     async def run(self) -> None:
         """Moves and sweeps until cancelled; what fails is logged and tried again."""
-        task = asyncio.current_task()
-        assert task is not None
         swept_at = -float("inf")
-        # The client of Redis may lose a cancellation, see `services.buffer.service`.
-        while not task.cancelling():
+        while True:
             is_sweep = time.monotonic() - swept_at >= self._config.sweep_s
             if is_sweep:
                 swept_at = time.monotonic()
@@ -138,14 +135,15 @@ class Mover:
 
     async def _try(self, run_id: str, *, with_unknown: bool) -> bool:
         """Moves and sweeps the files of a run; returns whether that went well."""
-        try:
-            await self.move_all(run_id)
-            await self.sweep(run_id, with_unknown=with_unknown)
-        except PerigeeError as error:
-            FILES.labels("failed").inc()
-            log.warning("files of trajectories", run=run_id, reason=error.message)
-            return False
-        return True
+        with keeping_cancellation():  # of storage that fails when it comes, `finish` raises the failure
+            try:
+                await self.move_all(run_id)
+                await self.sweep(run_id, with_unknown=with_unknown)
+            except PerigeeError as error:
+                FILES.labels("failed").inc()
+                log.warning("files of trajectories", run=run_id, reason=error.message)
+                return False
+            return True
 
     async def move_all(self, run_id: str) -> None:
         """Moves the trajectories of a run that wait for it, one after the other."""

@@ -24,7 +24,7 @@ from perigee.errors import FailedPreconditionError, UnavailableError
 from services.buffer.config import LocalServerConfig
 from services.kit.process import ChildProcess, last_words, read_tail
 from services.kit.server import end_tasks
-from services.kit.tasks import start_tasks
+from services.kit.tasks import keeping_cancellation, start_tasks
 from services.kit.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -161,7 +161,8 @@ def _find_binary() -> str:
 
 async def _answers(client: Redis) -> bool:
     try:
-        await client.ping()
+        with keeping_cancellation():  # the client of Redis may lose one
+            await client.ping()
     except (RedisConnectionError, OSError):
         return False
     return True

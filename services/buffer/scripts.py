@@ -28,6 +28,7 @@ from perigee.errors import (
 )
 from services.buffer.nodes import FIRST_WITH_WAITAOF, Nodes, check_server
 from services.buffer.requests import describe_bad_run_id
+from services.kit.tasks import keeping_cancellation
 from services.kit.telemetry import get_logger
 from services.kit.tracing import span
 
@@ -199,9 +200,10 @@ class ScriptRunner:
 
 @contextmanager
 def translating_errors() -> Iterator[None]:
-    """Turns errors of the Redis client into the errors that callers get."""
+    """Turns errors of the Redis client into the errors that callers get, and keeps a cancellation that it loses."""
     try:
-        yield
+        with keeping_cancellation():
+            yield
     except exceptions.OutOfMemoryError as error:
         raise ResourceExhaustedError("redis is full: raise its maxmemory", retry_after_s=RETRY_AFTER_S) from error
     except exceptions.AuthenticationError as error:

@@ -162,10 +162,7 @@ async def lifespan(app: App[BufferConfig]) -> AsyncIterator[None]:
 async def _follow_redis(app: App[BufferConfig], scripts: ScriptRunner) -> None:
     """Sets the readiness of the service to that of Redis, until cancelled."""
     ready = False
-    task = asyncio.current_task()
-    assert task is not None
-    # The client of Redis may lose a cancellation: asyncio.wait_for of Python 3.11 does, when what it waits for is done.
-    while not task.cancelling():
+    while True:
         reason = ""
         try:
             await scripts.check()

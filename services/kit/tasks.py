@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -25,6 +25,22 @@ async def finish(work: Coroutine[Any, Any, T]) -> T:
                 await asyncio.wait({task})
         task.result()  # its own error comes first
         raise
+
+
+@contextlib.contextmanager
+def keeping_cancellation() -> Iterator[None]:
+    """Ends the block with a cancellation that came within it and that what it awaits has lost.
+
+    For libraries that call asyncio.wait_for: that of Python 3.11 returns the result when it is there already.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    before = task.cancelling()
+    try:
+        yield
+    finally:
+        if task.cancelling() > before:
+            raise asyncio.CancelledError
 
 
 def start_tasks(*work: Coroutine[Any, Any, None]) -> list[asyncio.Task[None]]:

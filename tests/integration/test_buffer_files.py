@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import itertools
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from services.buffer.files import BEGIN_MOVE, FINISH_MOVE, Mover, folder_of
 from services.buffer.local_server import local_server
 from services.buffer.nodes import Nodes
 from services.buffer.scripts import ScriptRunner
-from services.buffer.service import lifespan
+from services.buffer.service import _follow_redis, lifespan
 from services.kit.server import serving
 from services.kit.storage import StagedFile, delete_file
 from tests.faults.buffer_writers import until
@@ -173,6 +174,37 @@ async def test_a_front_moves_by_itself(tmp_path: Path) -> None:
         assert found.tokens == 23
         await commit(store, run_id)
         await until(lambda: not store.files(run_id), timeout_s=60)
+
+
+@pytest.mark.parametrize("which", ["mover", "watch"])
+async def test_work_ends_in_a_moment_in_which_its_client_of_redis_loses_cancellations(
+    store: Store, idle: None, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    """asyncio.wait_for of Python 3.11, by which the client writes, returns when the write is done, though cancelled."""
+    is_work = contextvars.ContextVar("is_work", default=False)
+    drain = asyncio.StreamWriter.drain
+
+    async def drain_and_end_the_work(writer: asyncio.StreamWriter) -> None:
+        await drain(writer)
+        if is_work.get() and not task.cancelling():
+            task.cancel()
+
+    class Service:
+        def set_ready(self, *_: object) -> None:
+            pass
+
+    async def work() -> None:
+        is_work.set(True)
+        if which == "mover":
+            await store.mover.run()
+        else:
+            await _follow_redis(Service(), store.scripts)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(asyncio.StreamWriter, "drain", drain_and_end_the_work)
+    task = asyncio.create_task(work())
+    done, _ = await asyncio.wait([task], timeout=30)
+    task.cancel()
+    assert done == {task}
 
 
 @pytest.mark.parametrize("stage", ["name", "half a file", "file", "reference"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +9,7 @@ from hypothesis import strategies as st
 from perigee.buffer.packing import pack_logprobs, pack_token_ids
 from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.errors import InvalidArgumentError
-from services.buffer import requests, service
+from services.buffer import requests
 from services.buffer.config import ImagesConfig, LimitsConfig
 from services.buffer.model import commit_digest
 from services.buffer.requests import describe_bad_id, describe_bad_run_id
@@ -158,26 +156,3 @@ def test_a_commit_cannot_count_more_right_answers_than_answers() -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         requests.check_commit(pb.CommitIterationRequest(iteration=1, prompt_increments=[increment]), LIMITS)
     assert fields_of(caught.value) == ["prompt_increments[0].correct"]
-
-
-async def test_the_watch_of_redis_ends_though_a_cancellation_is_lost() -> None:
-    """asyncio.wait_for of Python 3.11, which the client of Redis calls, loses one when what it waits for is done."""
-    sent = asyncio.Event()
-
-    class Scripts:
-        async def check(self) -> None:
-            await asyncio.wait_for(sent.wait(), 60)
-
-    class Service:
-        def set_ready(self, *_: object) -> None:
-            pass
-
-    watcher = asyncio.create_task(service._follow_redis(Service(), Scripts()))  # type: ignore[arg-type]
-    for _ in range(3):
-        await asyncio.sleep(0)
-    sent.set()
-    await asyncio.sleep(0)
-    watcher.cancel()
-    done, _ = await asyncio.wait([watcher], timeout=60)
-    watcher.cancel()
-    assert done == {watcher}

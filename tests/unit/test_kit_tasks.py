@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 
 import pytest
 
 from services.kit.server import end_tasks
-from services.kit.tasks import finish, start_tasks
+from services.kit.tasks import finish, keeping_cancellation, start_tasks
 
 
 async def test_the_result_is_handed_on() -> None:
@@ -54,6 +55,57 @@ async def test_its_own_failure_is_reported_also_to_who_was_cancelled() -> None:
     gate.set()
     with pytest.raises(ValueError, match="no"):
         await task
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_cancellation_that_is_lost_within_ends_the_block(fails: bool) -> None:
+    begun = asyncio.Event()
+
+    async def lose() -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            if fails:
+                raise ValueError("no") from None
+
+    async def work() -> None:
+        with keeping_cancellation():
+            await lose()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(work())
+    await begun.wait()
+    task.cancel()
+    done, _ = await asyncio.wait([task], timeout=5)
+    task.cancel()
+    assert done == {task}
+    assert task.cancelled()
+
+
+async def test_the_block_takes_no_earlier_cancellation_for_one_within() -> None:
+    async def work() -> int:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            with keeping_cancellation():
+                await asyncio.sleep(0)
+        return 42
+
+    task = asyncio.create_task(work())
+    await asyncio.sleep(0)
+    task.cancel()
+    assert await task == 42
+
+
+async def test_a_deadline_that_is_lost_within_is_a_timeout() -> None:
+    async def work() -> None:
+        async with asyncio.timeout(0):
+            with keeping_cancellation(), contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+
+    with pytest.raises(TimeoutError):
+        await work()
 
 
 async def test_the_service_ends_with_the_error_of_work_that_fails_beside_it() -> None:
