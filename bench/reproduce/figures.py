@@ -11,7 +11,7 @@ from statistics import fmean
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from bench.reproduce.arms import BY_RATE, RATE_SEED, REST_SEEDS, SEEDS
+from bench.reproduce.arms import BY_RATE, RATE_SEED, REST_SEEDS, SEEDS, SHORTENING_SEEDS
 from bench.reproduce.curves import (
     Curve,
     Curves,
@@ -372,6 +372,7 @@ FIGURES: dict[str, Plot | GradientNoise | SandboxStarts] = {
             ),
             draw_tradeoff,
             find_shortest,
+            SHORTENING_SEEDS,
         ),
         Plot(
             "curriculum",

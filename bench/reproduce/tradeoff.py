@@ -5,6 +5,7 @@ The first model is the long one, the second the short one that merging takes, th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
@@ -34,8 +35,8 @@ def length(curve: Curve) -> float:
 
 
 def tokens_per_right(curve: Curve) -> float:
-    """Returns all sampled tokens by right responses."""
-    return length(curve) / accuracy(curve)
+    """Returns all sampled tokens by right responses; infinite where none is right."""
+    return length(curve) / accuracy(curve) if accuracy(curve) else math.inf
 
 
 def shortening(results: Results, base: Line, line: Line) -> Interval:
