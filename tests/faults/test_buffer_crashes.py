@@ -45,6 +45,12 @@ def find_servers(folder: Path) -> list[psutil.Process]:
     return found
 
 
+def find_own_server(folder: Path) -> psutil.Process:
+    """The server itself: its short-lived forks, which write its files anew, are not children of this process."""
+    (server,) = {*find_servers(folder)} & {*psutil.Process().children()}
+    return server
+
+
 async def until_gone(folder: Path) -> None:
     """Returns when no Valkey server works in the folder."""
     await until(lambda: not find_servers(folder), timeout_s=60)
@@ -114,7 +120,7 @@ async def test_killed_server_loses_nothing_acknowledged(tmp_path: Path, fsync: s
                     async with Redis(unix_socket_path=str(tmp_path / "valkey.sock")) as redis:
                         await redis.bgrewriteaof()
                 # A rewrite of the file is a child of the server, with the same name.
-                (server,) = [found for found in find_servers(tmp_path) if found.ppid() == os.getpid()]
+                server = find_own_server(tmp_path)
                 server.kill()
                 await until(lambda pid=server.pid: not psutil.pid_exists(pid), timeout_s=60)
             await until_written(acknowledged, 2)
@@ -124,7 +130,7 @@ async def test_killed_server_loses_nothing_acknowledged(tmp_path: Path, fsync: s
 
 async def kill_server(folder: Path, client: BufferClient) -> None:
     """Kills the buffer's server; returns when the next one answers."""
-    (server,) = [found for found in find_servers(folder) if found.ppid() == os.getpid()]
+    server = find_own_server(folder)
     server.kill()
     await until(lambda: not psutil.pid_exists(server.pid), timeout_s=60)
     await until_serving(client)
