@@ -26,8 +26,7 @@ from services.buffer.nodes import Nodes
 from services.buffer.scripts import ScriptRunner
 from services.buffer.service import _follow_redis, lifespan
 from services.kit.server import serving
-from services.kit.storage import StagedFile, delete_file
-from tests.faults.buffer_writers import until
+from services.kit.storage import StagedFile, delete_file, list_files
 
 MIN_TOKENS = 8
 EXPERT_BYTES = 3
@@ -156,24 +155,33 @@ async def test_long_finished_trajectories_move_and_are_read_as_before(store: Sto
         await read(store, run_id, "long")
 
 
-async def test_a_front_moves_by_itself(tmp_path: Path) -> None:
-    offload = OffloadConfig(location=str(tmp_path / "files"), min_tokens=MIN_TOKENS, retired_s=0)
-    config = BufferConfig(data_path=tmp_path / "data", offload=offload)
+async def check_a_front_alone(data_path: Path, offload: OffloadConfig) -> None:
+    """A front moves a finished trajectory, reads it, and deletes its file after the commit, by itself."""
+    config = BufferConfig(data_path=data_path, offload=offload, read_piece_tokens=5)
     async with (
         serving(config, lifespan) as app,
         BufferClient.connect(app.address) as client,
-        Redis(unix_socket_path=str(tmp_path / "data" / "valkey.sock")) as redis,
+        Redis(unix_socket_path=str(data_path / "valkey.sock")) as redis,
     ):
         store = Store("", client, redis, None, offload)  # type: ignore[arg-type]
         run_id = await begin_run(store, ["t"])
-        await append(store, run_id, last_chunk("t", 23))
+        chunk = last_chunk("t", 23)
+        await append(store, run_id, chunk)
         async with asyncio.timeout(60):
             while await keys_of(store, run_id, "t"):  # noqa: ASYNC110 (what a service does sets no event here)
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.02)
         [found] = await read(store, run_id, "t")
-        assert found.tokens == 23
+        assert (found.token_ids, found.logprobs, found.experts) == (chunk.token_ids, chunk.logprobs, chunk.experts)
         await commit(store, run_id)
-        await until(lambda: not store.files(run_id), timeout_s=60)
+        folder = folder_of(str(offload.location), run_id)
+        async with asyncio.timeout(60):
+            while await asyncio.to_thread(list_files, folder, "tests"):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+
+
+async def test_a_front_moves_by_itself(tmp_path: Path) -> None:
+    offload = OffloadConfig(location=str(tmp_path / "files"), min_tokens=MIN_TOKENS, retired_s=0)
+    await check_a_front_alone(tmp_path / "data", offload)
 
 
 @pytest.mark.parametrize("which", ["mover", "watch"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
 import uuid
@@ -15,24 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from redis.asyncio import Redis
 
-from perigee.buffer.client import BufferClient
 from perigee.cli.train import Cursor, send_files, watch_run
 from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as start
 from perigee.errors import DataLossError, InvalidArgumentError, NotFoundError, UnavailableError
 from perigee.trainer.client import TrainerClient
 from perigee.trainer.v1 import trainer_pb2 as pb
-from services.buffer.config import BufferConfig, OffloadConfig
-from services.buffer.files import folder_of
-from services.buffer.service import lifespan as buffer_lifespan
+from services.buffer.config import OffloadConfig
 from services.coordinator.__main__ import lifespan as coordinator_lifespan
 from services.coordinator.config import CoordinatorConfig
 from services.kit import storage
 from services.kit.hf import fetch_model, open_model_folder, open_tokenizer
 from services.kit.server import App, serving
-from services.kit.storage import list_files
 from services.rollout.config import RolloutConfig
 from services.rollout.model import open_policy
 from services.rollout.service import find_model
@@ -42,7 +36,7 @@ from services.trainer.hf import TensorReader
 from services.trainer.service import lifespan
 from tests.fixtures.coordinator import write_run_section
 from tests.fixtures.coordinator_fakes import fake_peers, worker_in_service
-from tests.integration.test_buffer_files import Store, append, begin_run, commit, keys_of, last_chunk, read
+from tests.integration.test_buffer_files import check_a_front_alone
 
 
 def tensors(value: float) -> Iterator[tuple[str, torch.Tensor]]:
@@ -256,24 +250,5 @@ def test_what_cannot_be_read_is_named(s3_store: str, cache: Path, monkeypatch: p
 
 
 async def test_finished_trajectories_wait_in_s3(s3_store: str, cache: Path, tmp_path: Path) -> None:
-    location = f"{s3_store}/trajectories"
-    offload = OffloadConfig(location=location, min_tokens=8, retired_s=0, abandoned_s=1)
-    config = BufferConfig(data_path=tmp_path / "data", offload=offload, read_piece_tokens=5)
-    async with (
-        serving(config, buffer_lifespan) as app,
-        BufferClient.connect(app.address) as client,
-        Redis(unix_socket_path=str(tmp_path / "data" / "valkey.sock")) as redis,
-    ):
-        store = Store("", client, redis, None, offload)  # type: ignore[arg-type]
-        run_id = await begin_run(store, ["t"])
-        await append(store, run_id, last_chunk("t", 23))
-        async with asyncio.timeout(60):
-            while await keys_of(store, run_id, "t"):  # noqa: ASYNC110 (what a service does sets no event here)
-                await asyncio.sleep(0.05)
-        [found] = await read(store, run_id, "t")
-        chunk = last_chunk("t", 23)
-        assert (found.token_ids, found.logprobs, found.experts) == (chunk.token_ids, chunk.logprobs, chunk.experts)
-        await commit(store, run_id)
-        async with asyncio.timeout(60):
-            while await asyncio.to_thread(list_files, folder_of(location, run_id), "tests"):  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
+    offload = OffloadConfig(location=f"{s3_store}/trajectories", min_tokens=8, retired_s=0, abandoned_s=1)
+    await check_a_front_alone(tmp_path / "data", offload)
