@@ -194,9 +194,10 @@ class Dispatcher:
             if not rooms:
                 return
             keys = [self._queue.popleft() for _ in range(min(len(self._queue), sum(rooms.values())))]
-            for worker, batch in deal({key: self._work(key) for key in keys}, rooms).items():
-                if batch:
-                    self._start_call(tasks, worker, batch)
+            for worker, dealt in deal({key: self._work(key) for key in keys}, rooms).items():
+                items, size = list(dealt.items()), self._call_size(worker)
+                for begin in range(0, len(items), size):
+                    self._start_call(tasks, worker, dict(items[begin : begin + size]))
 
     def _start_call(self, tasks: asyncio.TaskGroup, worker: Worker, batch: dict[str, float]) -> None:
         worker.outstanding += len(batch)
@@ -208,12 +209,18 @@ class Dispatcher:
     def _is_served(self, worker: Worker) -> bool:
         return self._only is None or self._only(worker)
 
+    def _call_size(self, worker: Worker) -> int:
+        """Returns the sequences of one call at most."""
+        share = math.ceil(self._limit(worker) / self._config.calls_per_worker)
+        return min(share, self._config.max_batch)
+
+    def _limit(self, worker: Worker) -> int:
+        return math.ceil(worker.capacity * self._config.overcommit)
+
     def _room(self, worker: Worker, workers: int) -> int:
-        """Returns the size of the next call: a share of the worker's limit or of the queue; 0 while it does not fit."""
-        limit = math.ceil(worker.capacity * self._config.overcommit)
-        share = math.ceil(limit / self._config.calls_per_worker)
-        size = min(share, self._config.max_batch, math.ceil(len(self._queue) / workers))
-        return size if worker.outstanding + size <= limit else 0
+        """Returns the sequences of the calls that fit, each as large as calls are, or an even part of the queue."""
+        size = min(self._call_size(worker), math.ceil(len(self._queue) / workers))
+        return max(0, self._limit(worker) - worker.outstanding) // size * size
 
     async def _run_call(self, worker: Worker, batch: dict[str, float]) -> None:
         remaining, version = dict(batch), self._version

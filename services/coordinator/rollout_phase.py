@@ -46,6 +46,15 @@ class RolloutCounts:
     ended: dict[str, EndReason] = field(default_factory=dict)
 
 
+@dataclass
+class WorkerShare:
+    """What a worker has done in a phase."""
+
+    begun: float
+    ended: float = 0.0
+    work: float = 0.0
+
+
 def now() -> float:
     """Returns the seconds of the event loop's clock."""
     return asyncio.get_running_loop().time()
@@ -83,6 +92,7 @@ class RolloutPhase:
         self._targets: dict[str, int] = {}
         # Work that the budgets allow, and the seconds of the phase.
         self._planned_work = self._seconds = 0.0
+        self._shares: dict[Worker, WorkerShare] = {}
         self._dispatcher = Dispatcher(
             context.registry,
             policy_version,
@@ -180,6 +190,9 @@ class RolloutPhase:
             await self._ahead
         await self._dispatcher.run(())
         self._seconds = now() - started
+        for worker, share in self._shares.items():
+            if share.work:
+                worker.record_phase(share.work, share.ended - share.begun)
 
     async def count(self) -> RolloutCounts:
         """Returns the counts of the phase, once nothing of it is under way."""
@@ -287,7 +300,7 @@ class RolloutPhase:
     async def _call(self, worker: Worker, leases: Mapping[str, buffer_pb2.Lease]) -> AsyncGenerator[Progress, None]:
         settings = self.context.config.rollout
         budgets = {lease.trajectory_id: self._targets[lease.trajectory_id] - lease.tokens for lease in leases.values()}
-        started = now()
+        share = self._shares.setdefault(worker, WorkerShare(now()))
         request = rollout_pb2.ExtendTrajectoriesRequest(
             run_id=self.context.run_id,
             policy_version=self.policy_version,
@@ -313,7 +326,8 @@ class RolloutPhase:
         ):
             for end in response.ended:
                 tokens, _ = self._context_of(self.groups.trajectory(end.trajectory_id), end.tokens - end.new_tokens)
-                worker.record_end(settings.costs.work(tokens, end.new_tokens), now() - started)
+                share.work += settings.costs.work(tokens, end.new_tokens)
+                share.ended = now()
                 await self._record_end(worker, end)
             if self.scoring is not None:
                 self.context.status.done = len(self.counts.ended)

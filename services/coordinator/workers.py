@@ -27,8 +27,8 @@ STARTING, EMPTY, READY = (
 AWAY = rollout_pb2.WORKER_STATUS_AWAY
 # Workers renew their leases so often, and learn by it of a coordinator that started again.
 RENEWALS_PER_LEASE = 3
-# Weight of a worker's ended sequences in its speed, with each that ends after them.
-SPEED_DECAY = 0.99
+# Weight of earlier rollout phases in a worker's speed, with each one after them.
+SPEED_DECAY = 0.5
 
 WORKERS = Gauge("perigee_coordinator_workers", "Rollout workers with a lease.")
 FAILURES = Counter("perigee_coordinator_failures", "Failures by kind.", ["kind"])
@@ -61,9 +61,9 @@ class Worker:
     # Sequences given to it that have not ended, and their work (`budgets.TokenCosts`).
     outstanding: int = 0
     work: float = 0.0
-    # Work of sequences that ended, and the seconds that each of them took, summed.
+    # Work that it ended in rollout phases, and the seconds from its first call to the last end in each.
     ended_work: float = 0.0
-    ended_seconds: float = 0.0
+    busy_seconds: float = 0.0
     # Why it gets no work until it renews its lease.
     suspect: str | None = None
 
@@ -88,13 +88,17 @@ class Worker:
 
     @property
     def speed(self) -> float | None:
-        """Work per second while it is full; None before anything has ended."""
-        return self.capacity * self.ended_work / self.ended_seconds if self.ended_seconds else None
+        """Work per second in the rollout phases so far, the latest of which weighs most; None before one has ended.
 
-    def record_end(self, work: float, seconds: float) -> None:
-        """Counts the end of a sequence for its speed, in which the last hundred ends weigh most."""
+        Workers that are given work in proportion to it come to end together: one that ends before the others gets more
+        in the next phase, though a step takes time whatever its sequences.
+        """
+        return self.ended_work / self.busy_seconds if self.busy_seconds else None
+
+    def record_phase(self, work: float, seconds: float) -> None:
+        """Counts a rollout phase for its speed."""
         self.ended_work = self.ended_work * SPEED_DECAY + work
-        self.ended_seconds = self.ended_seconds * SPEED_DECAY + seconds
+        self.busy_seconds = self.busy_seconds * SPEED_DECAY + seconds
 
 
 @dataclass

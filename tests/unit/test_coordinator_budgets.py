@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from bench.long_tail import CAP, Load, MeasuredCosts, simulate, total
 from perigee.rollout.client import RolloutClient
 from services.coordinator.budgets import choose_budgets, update_speed
 from services.coordinator.dispatcher import Work, deal
@@ -94,7 +95,7 @@ def make_worker(name: str, capacity: int, speed: float | None) -> Worker:
     # The client dials nobody.
     worker = Worker(name, "127.0.0.1:1", capacity, 1, RolloutClient.connect("127.0.0.1:1"), math.inf, READY, 1)
     if speed is not None:
-        worker.record_end(speed, capacity)
+        worker.record_phase(speed, 1.0)
     return worker
 
 
@@ -124,6 +125,26 @@ async def test_rooms_are_kept_and_the_longest_go_to_different_workers() -> None:
     # A sequence goes where it costs less, if that is not later.
     dealt = deal(dict.fromkeys("xy", Work(3.0, "b", saved=2.0)), {first: 2, second: 2})
     assert dealt == {first: {}, second: {"x": 1.0, "y": 1.0}}
+
+
+@pytest.mark.parametrize("speeds", [(1.0, 1.0, 1.0, 1.0), (1.0, 1.0, 0.5, 0.5)])
+def test_workers_of_any_speed_end_their_part_of_a_phase_together(speeds: tuple[float, ...]) -> None:
+    """Simulated phases against those whose segments are spread evenly by the workers' true speeds."""
+    costs = MeasuredCosts(
+        step_s=7.5e-3,
+        sampled_token_s=3e-4,
+        sampled_position_s=1e-8,
+        prefilled_token_s=3e-5,
+        prefilled_position_s=1e-9,
+        trained_token_s=0.0,
+        trained_position_s=0.0,
+        other_s=0.0,
+    )
+    load = Load(median=500.0, groups=32, speeds=speeds, capacity=64)
+    settings = RolloutSettings(token_budget=1000, max_response_tokens=CAP, costs=costs.token_costs(load.capacity))
+    # The first five measure the speeds and mix the ages.
+    phases = simulate(costs, load, settings, seed=0, iterations=20)[5:]
+    assert total(phases, "even") > 0.85 * total(phases, "rollout")
 
 
 @settings(max_examples=50, deadline=None)

@@ -193,6 +193,20 @@ async def test_a_fast_worker_takes_more_than_a_slow_one() -> None:
     assert taken["fast"] > 3 * taken["slow"] > 0
 
 
+async def test_what_all_have_room_for_is_given_out_by_speed() -> None:
+    registry = make_registry()
+    add_worker(registry, "fast", capacity=32).record_phase(work=20.0, seconds=10.0)
+    add_worker(registry, "slow", capacity=32).record_phase(work=10.0, seconds=10.0)
+    calls: dict[str, list[int]] = {"fast": [], "slow": []}
+
+    async def call(worker: Worker, keys: list[str]) -> AsyncGenerator[Progress, None]:
+        calls[worker.worker_id].append(len(keys))
+        yield Progress(ended=keys)
+
+    await make_dispatcher(registry, call).run(str(key) for key in range(60))
+    assert calls == {"fast": [16, 16, 8], "slow": [16, 4]}
+
+
 async def test_a_lost_workers_call_is_cancelled_and_its_work_given_to_others() -> None:
     clock = Clock()
     registry = make_registry(clock)
