@@ -6,7 +6,7 @@ short step before. Peaks are how far resident memory rises above what a process 
 
     python -m bench.context_parallel [--tokens 131072] [--processes 2] [--recompute] [--out figures.json]
 
-Takes 1,700 CPU seconds at 131,072 tokens, 110 at 32,768 and 30 at 16,384. Exit status 1 when a process takes more than
+Takes 1,600 CPU seconds at 131,072 tokens, 110 at 32,768 and 30 at 16,384. Exit status 1 when a process takes more than
 0.6 of the memory or 0.55 of the CPU time of the one process at two, or loss or gradient norm differ by more than 5e-5.
 """
 
