@@ -23,7 +23,7 @@ import math
 import selectors
 import statistics
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ import structlog
 from perigee.buffer.v1 import buffer_pb2
 from perigee.rollout.v1 import rollout_pb2
 from services.coordinator.config import CoordinatorConfig
-from services.coordinator.groups import LiveGroups, Trajectory
+from services.coordinator.groups import LiveGroups
 from services.coordinator.prompts import Prompt
 from services.coordinator.rollout_phase import RolloutPhase
 from services.coordinator.run_config import RolloutSettings, TokenCosts
@@ -111,6 +111,9 @@ class IterationSeconds:
     whole: float
     even: float
     """Whole seconds if the segments were spread evenly over the workers."""
+    perfect: float
+    """Whole seconds if training were spread evenly as well, and every step had as many sequences as there is room for:
+    what no schedule of these tokens undercuts."""
     finished: int
     """Trajectories trained."""
     finished_tokens: int
@@ -354,12 +357,19 @@ class Simulation:
                 trajectory.verdict = buffer_pb2.VERDICT_CORRECT
         complete = [group for group in self.groups if group.complete]
         trained = [trajectory for group in complete for trajectory in group.trajectories]
-        others = self.train_seconds(trained) + self.costs.other_s
+        training = [self.costs.train(PROMPT_TOKENS + trajectory.tokens) for trajectory in trained]
+        # Evenly over the processes, no sequence over more than one.
+        even_training = sum(training) / len(load.speeds)
+        others = max(even_training, max(training, default=0.0)) + self.costs.other_s
+        work, least_steps = even_seconds(self.costs, load, self.segments)
+        longest_steps = max((new_tokens for _, new_tokens in self.segments), default=0) * len(load.speeds)
+        step_s = self.costs.step_s / sum(load.speeds)
         self.groups.close_iteration(complete)
         return IterationSeconds(
             rollout=rollout,
             whole=rollout + others,
-            even=even_seconds(self.costs, load, self.segments) + others,
+            even=work + max(longest_steps, least_steps) * step_s + others,
+            perfect=work + least_steps * step_s + even_training + self.costs.other_s,
             finished=len(trained),
             finished_tokens=sum(trajectory.tokens for trajectory in trained),
             sampled_tokens=counts.tokens,
@@ -367,26 +377,19 @@ class Simulation:
             base_budget=counts.base_budget,
         )
 
-    def train_seconds(self, trained: Iterable[Trajectory]) -> float:
-        """Returns the seconds of the update: evenly over the processes, no sequence over more than one."""
-        seconds = [self.costs.train(PROMPT_TOKENS + trajectory.tokens) for trajectory in trained]
-        return max(sum(seconds) / len(self.load.speeds), max(seconds, default=0.0))
 
-
-def even_seconds(costs: MeasuredCosts, load: Load, segments: Sequence[tuple[int, int]]) -> float:
-    """Returns the rollout seconds of these segments spread evenly: what their lengths allow.
+def even_seconds(costs: MeasuredCosts, load: Load, segments: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """Returns the rollout seconds of segments spread evenly, steps of their own left out, and the fewest steps.
 
     All workers take the steps of the longest segment, or more where that leaves sequences waiting, and an equal part of
-    everything else.
+    everything else: that is what the lengths allow.
     """
-    work = longest = tokens = 0.0
+    work = tokens = 0.0
     for context, new_tokens in segments:
         work += costs.prefill(context) + new_tokens * costs.sampled_token_s
         work += new_tokens * (context + new_tokens / 2) * costs.sampled_position_s
-        longest = max(longest, new_tokens)
         tokens += new_tokens
-    speed = sum(load.speeds)
-    return max(longest * len(load.speeds), tokens / load.capacity) * costs.step_s / speed + work / speed
+    return work / sum(load.speeds), tokens / load.capacity
 
 
 def simulate(
@@ -411,6 +414,10 @@ class Comparison:
     """Tokens of trained trajectories per second, with / without."""
     bound: float
     """Whole seconds with segments spread evenly / those with the budget: 1 is what the lengths allow."""
+    even_gain: float
+    """Whole seconds without a budget / those with its segments spread evenly."""
+    perfect_gain: float
+    """Whole seconds without a budget / the least that any schedule takes: no budget gains more tokens per second."""
     seconds: float
     """Of an iteration with the budget."""
     seconds_without: float
@@ -435,6 +442,8 @@ def compare(
         iteration_ratio=seconds_without / seconds,
         finished_ratio=finished / (total(without, "finished_tokens") / total(without, "whole")),
         bound=total(measured, "even") / total(measured, "whole"),
+        even_gain=total(without, "whole") / total(without, "even"),
+        perfect_gain=total(without, "whole") / total(without, "perfect"),
         seconds=seconds,
         seconds_without=seconds_without,
         rollout_seconds=tuple(np.percentile([each.rollout for each in measured], (5, 50, 95)).round(1).tolist()),
