@@ -7,6 +7,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
@@ -567,22 +568,31 @@ def parse_run_config(text: str) -> RunConfig:
     return validate(RunConfig, values, "recipe", "run")
 
 
+@cache
+def _first_kinds(
+    run: type[RunConfig], update: type[UpdateConfig]
+) -> tuple[type[RunConfig], type[RolloutSettings], type[UpdateConfig]]:
+    """The kinds of a run, of its rollout and of its update, with the defaults that their keys had first."""
+    rollout = create_model("FirstRollout", __base__=RolloutSettings, max_response_tokens=(int, 200))
+    update = create_model("FirstUpdate", __base__=update, tis_cap=(float | None, 0.0))
+    kind: type[RunConfig] = create_model(
+        "FirstRun",
+        __base__=run,
+        max_live_groups=(int, 160),
+        rollout=(rollout, rollout()),
+        update=(update, update()),
+        optimizer=(OptimizerConfig, OptimizerConfig(learning_rate=2e-4)),
+    )
+    return kind, rollout, update
+
+
 def config_digest(config: RunConfig) -> str:
     """Returns a digest of everything that must stay the same when a run is resumed.
 
     Defaults are left out, so that a coordinator of a version with more keys resumes the run. A key counts from the
     default that it had first: a run goes on with the values that it began with, or not at all.
     """
-    rollout = create_model("FirstRollout", __base__=RolloutSettings, max_response_tokens=(int, 200))
-    update = create_model("FirstUpdate", __base__=type(config.update), tis_cap=(float | None, 0.0))
-    kind: type[RunConfig] = create_model(
-        "FirstRun",
-        __base__=type(config),
-        max_live_groups=(int, 160),
-        rollout=(rollout, rollout()),
-        update=(update, update()),
-        optimizer=(OptimizerConfig, OptimizerConfig(learning_rate=2e-4)),
-    )
+    kind, rollout, update = _first_kinds(type(config), type(config.update))
     parts = {"rollout": rollout(**dict(config.rollout)), "update": update(**dict(config.update))}
     first = kind.model_construct(**dict(config) | parts)
     values = first.model_dump(mode="json", exclude={*CHANGEABLE_KEYS}, exclude_defaults=True)
