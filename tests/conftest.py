@@ -22,6 +22,9 @@ pytest_plugins = [
     if path.stem != "__init__"
 ]
 
+# Threads of PyTorch wait for one another by computing, and the models of tests give them nothing to share. What a test
+# starts has one thread, too, unless its configuration says otherwise.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Collections would walk the libraries that the tests import, again and again.
 gc.disable()
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
