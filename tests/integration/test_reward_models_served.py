@@ -9,11 +9,13 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
 from perigee.buffer.v1.buffer_pb2 import VERDICT_CORRECT, VERDICT_FAILED
 from perigee.json_codec import read_message
+from perigee.reward.client import RewardClient
 from perigee.reward.v1 import reward_pb2 as pb
 from services.reward.config import JudgeConfig, JudgeEndpointConfig, ValueHeadConfig
 from tests.fixtures.judge import FakeJudge, Reply, text_of, verdict
@@ -62,13 +64,12 @@ async def test_images_travel_to_the_judge_as_bytes_and_addresses(fake_judge: Fak
         assert "What is it?" in text_of(request)
 
 
-async def fail(judge: JudgeConfig, reason: str) -> None:
+async def check_failure(client: RewardClient, http: httpx.AsyncClient, reason: str) -> None:
     """Both protocols tell the failure, with a reason and a hint, and judge the item beside it."""
-    async with running_gateway(judge=judge) as (client, http):
-        items = read_message(pb.ScoreRequest, {"items": [JUDGED, EASY]}).items
-        outcomes = {outcome.id: outcome for outcome in await score(client, items)}
-        answer = (await http.post("/v1/score/collected", json={"items": [JUDGED, EASY]})).json()
-        streamed = await http.post("/v1/score", json={"items": [JUDGED]})
+    items = read_message(pb.ScoreRequest, {"items": [JUDGED, EASY]}).items
+    outcomes = {outcome.id: outcome for outcome in await score(client, items)}
+    answer = (await http.post("/v1/score/collected", json={"items": [JUDGED, EASY]})).json()
+    streamed = await http.post("/v1/score", json={"items": [JUDGED]})
     line = json.loads(streamed.text)
     failed = outcomes["judged"]
     assert (failed.verdict, failed.HasField("reward"), failed.retryable) == (VERDICT_FAILED, False, True)
@@ -87,27 +88,31 @@ async def test_a_judge_that_is_down_gives_no_reward() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
-        await fail(judge_config(url, timeout_s=0.3), "cannot be reached")
+        async with running_gateway(judge=judge_config(url, timeout_s=0.3)) as (client, http):
+            await check_failure(client, http, "cannot be reached")
 
 
 async def test_a_judge_that_is_slow_gives_no_reward(fake_judge: FakeJudge) -> None:
     fake_judge.otherwise = Reply(delay_s=60)
-    await fail(judge_config(fake_judge.url, timeout_s=0.3), "did not answer within")
+    async with running_gateway(judge=judge_config(fake_judge.url, timeout_s=0.3)) as (client, http):
+        await check_failure(client, http, "did not answer within")
 
 
-@pytest.mark.parametrize(
-    "malformed",
-    [
-        Reply("correct"),
-        Reply('{"reasoning": "", "verdict": "correct", "reward": 1}'),
-        Reply('{"verdict": "perfect"}'),
-        Reply(body="<html>"),
-    ],
-    ids=["word", "more than asked", "no verdict", "html"],
-)
-async def test_a_judge_that_answers_malformed_text_gives_no_reward(fake_judge: FakeJudge, malformed: Reply) -> None:
-    fake_judge.otherwise = malformed
-    await fail(judge_config(fake_judge.url), "judge main: ")
+MALFORMED = {
+    "a word": Reply("correct"),
+    "more than asked": Reply('{"reasoning": "", "verdict": "correct", "reward": 1}'),
+    "no verdict": Reply('{"verdict": "perfect"}'),
+    "HTML": Reply(body="<html>"),
+}
+
+
+async def test_a_judge_that_answers_malformed_text_gives_no_reward(fake_judge: FakeJudge) -> None:
+    async with running_gateway(judge=judge_config(fake_judge.url)) as (client, http):
+        for name, fake_judge.otherwise in MALFORMED.items():
+            print(name)
+            fake_judge.requests.clear()
+            await check_failure(client, http, "judge main: ")
+            assert len(fake_judge.requests) >= 3
 
 
 @pytest.mark.timeout(300)  # waits for a model to be trained

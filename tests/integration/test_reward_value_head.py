@@ -49,7 +49,8 @@ def held_out(value_head_folder: Path) -> list[Sum]:
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def verifier(value_head_folder: Path) -> AsyncIterator[ValueHeadVerifier]:
     """A verifier that serves the trained model."""
-    verifier = ValueHeadVerifier(ValueHeadConfig(path=str(value_head_folder), device="cpu", max_batch_tokens=1024))
+    config = ValueHeadConfig(path=str(value_head_folder), device="cpu", max_batch_tokens=1024, max_batch_items=7)
+    verifier = ValueHeadVerifier(config)
     await verifier.start()
     try:
         yield verifier
@@ -97,15 +98,12 @@ def test_padding_is_not_seen_by_a_model_that_looks_both_ways() -> None:
     assert len(set(alone.tolist())) == 3
 
 
-async def test_served_probabilities_are_the_models(value_head_folder: Path, held_out: list[Sum]) -> None:
-    config = ValueHeadConfig(path=str(value_head_folder), device="cpu", reward="probability", max_batch_items=7)
-    verifier = ValueHeadVerifier(config)
-    await verifier.start()
-    try:
-        assert verifier.unavailable == ""
-        outcomes = await asyncio.gather(*(verifier.judge(item(each, each.wrong)) for each in held_out[:50]))
-    finally:
-        await verifier.close()
+async def test_served_probabilities_are_the_models(
+    verifier: ValueHeadVerifier, value_head_folder: Path, held_out: list[Sum], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert verifier.unavailable == ""
+    monkeypatch.setattr(verifier, "_config", verifier._config.model_copy(update={"reward": "probability"}))
+    outcomes = await asyncio.gather(*(verifier.judge(item(each, each.wrong)) for each in held_out[:50]))
     scorer, encoder = BatchScorer(value_head_folder, torch.device("cpu")), make_encoder(value_head_folder)
     scores = [scorer.score([encoder.encode(each.question, each.reference, each.wrong)])[0] for each in held_out[:50]]
     expected = sigmoid(np.array(scores))
