@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from prometheus_client import Counter
 
 from perigee.buffer.packing import ITEM_BYTES
-from perigee.errors import AbortedError, DataLossError, FailedPreconditionError, PerigeeError
+from perigee.errors import AbortedError, DataLossError, FailedPreconditionError, NotFoundError, PerigeeError
 from services.buffer.config import OffloadConfig
 from services.buffer.scripts import Arguments, Durability, ScriptRunner, load_script
 from services.kit.storage import StagedFile, delete_file, join, list_files, read_ranges
@@ -134,11 +134,13 @@ class Mover:
                         await self._wake.wait()
 
     async def _try(self, run_id: str, *, with_unknown: bool) -> bool:
-        """Moves and sweeps the files of a run; returns whether that went well."""
+        """Moves and sweeps the files of a run; returns False where that failed and is to be tried again."""
         with keeping_cancellation():  # of storage that fails when it comes, `finish` raises the failure
             try:
                 await self.move_all(run_id)
                 await self.sweep(run_id, with_unknown=with_unknown)
+            except NotFoundError:
+                log.info("the run is gone from redis: its folder is left as it is", run=run_id)
             except PerigeeError as error:
                 FILES.labels("failed").inc()
                 log.warning("files of trajectories", run=run_id, reason=error.message)

@@ -371,14 +371,15 @@ def _batch(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 async def _read_batch(
     scripts: ScriptRunner, run_id: str, batch: Sequence[Piece], with_logprobs: bool, offload: OffloadConfig
 ) -> None:
-    """Fills in the tokens of pieces, from Redis in one script call, from files one by one."""
+    """Fills in the tokens of pieces, from Redis together, from files one by one."""
     stored = [piece for piece in batch if piece.tokens and not piece.file]
-    if stored and not await _read_stored(scripts, run_id, stored, with_logprobs):
-        # One was moved to its file meanwhile, or is gone with its group.
+    while stored and not await _read_stored(scripts, run_id, stored, with_logprobs):
+        # One was moved to its file meanwhile, or is gone with its group; others may be moved in the next moment.
         await _find_files(scripts, run_id, stored)
-        stored = [piece for piece in stored if not piece.file]
-        if stored and not await _read_stored(scripts, run_id, stored, with_logprobs):
+        left = [piece for piece in stored if not piece.file]
+        if len(left) == len(stored):
             raise AbortedError(f"a trajectory of run {run_id!r} was consumed while it was read")
+        stored = left
     for piece in batch:
         if piece.tokens and piece.file:
             await _read_from_file(scripts, run_id, piece, with_logprobs, offload)

@@ -177,7 +177,9 @@ class StagedFile:
 
     def __init__(self, name: str, field: str) -> None:
         self._name, self._field = name, field
-        with _explained(name, field):
+        # What may be full, or not be written to.
+        self._disk = str(cache_folder()) if is_url(name) else name
+        with _explained(self._disk, field):
             if is_url(name):
                 cache_folder().mkdir(parents=True, exist_ok=True)
                 self._file: IO[bytes] = tempfile.TemporaryFile(dir=cache_folder())  # noqa: SIM115 (`discard` closes it)
@@ -187,26 +189,29 @@ class StagedFile:
 
     def write(self, content: bytes) -> None:
         """Writes what comes next."""
-        with _explained(self._name, self._field):
+        with _explained(self._disk, self._field):
             self._file.write(content)
 
     def publish(self) -> None:
         """Makes the file appear, once all of it is synced or uploaded."""
-        with _explained(self._name, self._field):
+        with _explained(self._disk, self._field):
             self._file.flush()
-            if is_url(self._name):
-                fs, target = _open(self._name)
-                fs.put_file(f"/proc/self/fd/{self._file.fileno()}", target)
-            else:
+            if not is_url(self._name):
                 os.fsync(self._file.fileno())
                 staging_path(Path(self._name)).replace(self._name)
                 sync(Path(self._name).parent)
+        if is_url(self._name):
+            with _explained(self._name, self._field):
+                fs, target = _open(self._name)
+                fs.put_file(f"/proc/self/fd/{self._file.fileno()}", target)
 
     def discard(self) -> None:
         """Closes the file; what was not published is gone."""
-        self._file.close()
+        with suppress(OSError):  # what a full disk has refused is tried once more
+            self._file.close()
         if not is_url(self._name):
-            staging_path(Path(self._name)).unlink(missing_ok=True)
+            with _explained(self._disk, self._field):
+                staging_path(Path(self._name)).unlink(missing_ok=True)
 
 
 def staging_path(path: Path) -> Path:
@@ -353,8 +358,11 @@ def _explained(url: str, field: str) -> Iterator[None]:
     except ValueError as error:
         raise InvalidArgumentError.for_field(field, f"{url} cannot be opened: {error}") from error
     except Exception as error:
-        if isinstance(error, OSError) and error.filename:
-            raise ResourceExhaustedError(f"{field}: {error.filename} cannot be written: {error.strerror}") from error
+        if isinstance(error, OSError) and (error.filename or not is_url(url)):
+            # Errors of a file that is open name none.
+            raise ResourceExhaustedError(
+                f"{field}: {error.filename or url} cannot be read or written: {error.strerror or error}"
+            ) from error
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UnavailableError(
             f"{field}: {url} cannot be reached; check network, address and credentials: {reason}"

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -20,10 +21,10 @@ from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.errors import AbortedError, DataLossError, FailedPreconditionError, NotFoundError, ResourceExhaustedError
 from services.buffer import model
 from services.buffer.config import BufferConfig, LocalServerConfig, OffloadConfig
-from services.buffer.files import BEGIN_MOVE, FINISH_MOVE, Mover, folder_of
+from services.buffer.files import BEGIN_MOVE, FINISH_MOVE, READ_TOKENS, Mover, folder_of
 from services.buffer.local_server import local_server
 from services.buffer.nodes import Nodes
-from services.buffer.scripts import ScriptRunner
+from services.buffer.scripts import Script, ScriptRunner
 from services.buffer.service import _follow_redis, lifespan
 from services.kit.server import serving
 from services.kit.storage import StagedFile, delete_file, list_files
@@ -251,13 +252,32 @@ async def test_a_location_that_cannot_be_written_is_named_and_the_tokens_stay(st
     run_id = await begin_run(store, ["t"])
     await append(store, run_id, last_chunk("t", 23))
     broken = Mover(store.scripts, OffloadConfig(location="/dev/null/files", min_tokens=MIN_TOKENS))
-    with pytest.raises(ResourceExhaustedError, match=r"buffer\.offload\.location: .*cannot be written"):
+    with pytest.raises(ResourceExhaustedError, match=r"buffer\.offload\.location: .*cannot be read or written"):
         await broken.move_all(run_id)
     [found] = await read(store, run_id, "t")
     assert found.tokens == 23
     # Nobody waits until that move is taken for abandoned.
     await store.mover.move_all(run_id)
     assert await keys_of(store, run_id, "t") == 0
+
+
+async def test_a_full_redis_is_emptied(store: Store, idle: None) -> None:
+    """What moves trajectories out of it, and consumes them, needs no room."""
+    run_id = await begin_run(store, ["t"])
+    await append(store, run_id, last_chunk("t", 23))
+    await store.redis.config_set("maxmemory", 1)
+    try:
+        await store.mover.move_all(run_id)
+        assert await keys_of(store, run_id, "t") == 0
+        await commit(store, run_id)
+        await store.mover.sweep(run_id)
+        assert store.files(run_id) == []
+    finally:
+        await store.redis.config_set("maxmemory", 0)
+
+
+async def test_a_run_that_is_gone_is_left(store: Store, idle: None) -> None:
+    assert await store.mover._try("deleted", with_unknown=True)
 
 
 async def test_files_that_redis_does_not_know_go_after_a_while(store: Store, idle: None) -> None:
@@ -291,6 +311,31 @@ async def test_a_trajectory_moved_while_it_is_read_is_read_on(
     await store.mover.sweep(run_id)
     with pytest.raises(AbortedError, match="consumed while it was read"):
         [_ async for _ in pieces]
+
+
+async def test_trajectories_moved_one_after_the_other_while_they_are_read_are_read(
+    store: Store, idle: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = ["t", "u", "v"]
+    run_id = await begin_run(store, ids)
+    await append(store, run_id, *(last_chunk(each, 23) for each in ids))
+    before = await read(store, run_id, *ids)
+    run, unmoved = store.scripts.run, list(ids)
+
+    async def move_one_and_run(script: Script, run_id: str, *arguments: Any, **options: Any) -> list[Any]:
+        if script is READ_TOKENS and unmoved and unmoved[0] in arguments:
+            with monkeypatch.context() as moving:
+                moving.setattr(store.scripts, "run", run)
+                _, trajectory_id, *_ = await run(BEGIN_MOVE, run_id, name := unmoved.pop(0), 60)
+                await store.mover._move(run_id, trajectory_id.decode(), name, 23, EXPERT_BYTES)
+        return await run(script, run_id, *arguments, **options)
+
+    request = pb.ReadTrajectoriesRequest(run_id=run_id, trajectory_ids=ids)
+    with monkeypatch.context() as patched:
+        patched.setattr(store.scripts, "run", move_one_and_run)
+        pieces = [piece async for piece in model.read_trajectories(store.scripts, request, 32, store.offload)]
+    assert [piece.token_ids for piece in pieces] == [each.token_ids for each in before]
+    assert len(store.files(run_id)) == 3
 
 
 async def test_a_group_consumed_in_the_middle_of_a_move_ends_it(store: Store, idle: None) -> None:

@@ -17,7 +17,7 @@ import hypothesis.strategies as st
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from perigee.errors import DataLossError, InvalidArgumentError, PerigeeError, UnavailableError
+from perigee.errors import DataLossError, InvalidArgumentError, PerigeeError, ResourceExhaustedError, UnavailableError
 from perigee.trainer.client import PIECE_BYTES, read_pieces
 from services.kit import storage
 
@@ -131,6 +131,24 @@ def test_a_mirror_publishes_changes_and_brings_them_to_another_machine(
     assert (second.path / "runs/r/metrics.jsonl").read_text() == "{}\n{}\n"
     assert (second.path / "runs/r/tensorboard/events").read_text() == "1"
     second.pull("runs/none")
+
+
+@pytest.mark.parametrize("scheme", ["", "memory:/"])
+def test_a_file_that_a_full_disk_refuses_is_named_and_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    monkeypatch.setenv(storage.CACHE_VARIABLE, str(tmp_path))
+    name = f"{scheme}{tmp_path}/file"
+    file = storage.StagedFile(name, "field")
+    with open("/dev/full", "wb") as full:
+        os.dup2(full.fileno(), file._file.fileno())
+    # The buffer takes it, and the disk refuses it at the end.
+    file.write(b"content")
+    with pytest.raises(ResourceExhaustedError, match=f"field: {tmp_path}.*: No space left on device"):
+        file.publish()
+    file.discard()
+    assert list(tmp_path.iterdir()) == []
+    assert storage.list_files(name, "field") == []
 
 
 @pytest.mark.parametrize(

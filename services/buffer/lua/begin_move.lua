@@ -1,5 +1,6 @@
-#!lua
+#!lua flags=allow-oom
 -- Takes a finished trajectory that is to be moved to a file, and keeps in mind the file's name before there is a file.
+-- It makes room in the end, and so runs on a full server, too.
 -- KEYS: run. ARGV: file name, seconds after which the move is taken for abandoned.
 -- Returns {'NO_RUN'}, {'OK'} when no trajectory waits, or {'OK', id, tokens, bytes of a token's expert choices}.
 if redis.call('EXISTS', KEYS[1]) == 0 then

@@ -1,6 +1,7 @@
-#!lua
+#!lua flags=allow-oom
 -- Closes an iteration: removes the consumed groups with their tokens, gives back their images and files, adds to the
 -- prompts' statistics, and moves the run's iteration, policy version and coordinator state forward. One change, or none.
+-- It makes room in the end, and so runs on a full server, too.
 -- KEYS: run. ARGV: iteration, policy version, request digest, coordinator state, seconds to keep the files of consumed
 --   trajectories, number of groups, group ids, then per prompt: id, trajectories, correct.
 -- Returns {'NO_RUN'}, {'NOT_NEXT', next}, {'OTHER_CONTENTS', iteration}, {'UNKNOWN_GROUP', id},

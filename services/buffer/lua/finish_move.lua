@@ -1,5 +1,6 @@
-#!lua
+#!lua flags=allow-oom
 -- Puts a whole file in the place of a trajectory's tokens: one change, or none.
+-- It makes room in the end, and so runs on a full server, too.
 -- KEYS: run. ARGV: file name, trajectory id, tokens in the file; '' when it cannot be written, for the next one to try.
 -- Returns {'OK', 1}, or {'OK', 0} when the move was taken for abandoned, or the trajectory is consumed or moved already;
 --   then the file is swept.

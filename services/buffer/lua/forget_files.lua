@@ -1,5 +1,6 @@
-#!lua
+#!lua flags=allow-oom
 -- Forgets files that are deleted.
+-- It makes room in the end, and so runs on a full server, too.
 -- KEYS: run. ARGV: names.
 -- Returns {'OK'}.
 local prefix = string.sub(KEYS[1], 1, -4)

@@ -1,6 +1,7 @@
-#!lua
+#!lua flags=allow-oom
 -- Takes files to delete: those of moves that were abandoned, those of consumed trajectories whose time is over. No move
 -- can finish with them any more.
+-- It makes room in the end, and so runs on a full server, too.
 -- KEYS: run. ARGV: files at most.
 -- Returns {'OK', names}.
 local prefix = string.sub(KEYS[1], 1, -4)
