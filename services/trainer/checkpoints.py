@@ -103,15 +103,16 @@ class Checkpoints:
         return sum(file.stat().st_size for file in path.iterdir())
 
     def publish(self, run_id: str, version: int) -> str:
-        """Publishes a version, and what else this machine alone has of a run; removes the oldest beyond `keep`.
+        """Publishes a version, and what this machine alone has of a run, its pins too; removes those beyond `keep`.
 
         Returns why it failed, empty when it did not: the copies on this machine are tried again after the next save.
         """
         if self.url is None:
             return ""
         try:
-            missing = {*self._local_versions(run_id)} - {*self._published_versions(run_id)}
-            for each in sorted(missing | {version}):
+            here, published = {*self._local_versions(run_id)}, {*self._published_versions(run_id)}
+            unpinned = {each for each in here & published if self._lacks_pin(run_id, each)}
+            for each in sorted((here - published) | unpinned | {version}):
                 path, name = self.path_of(run_id, each), self.name_of(run_id, each)
                 if self._is_published(run_id, each):
                     storage.publish_file(path / META_FILE, storage.join(name, META_FILE), FIELD)
@@ -146,7 +147,7 @@ class Checkpoints:
         published = self._published_meta(run_id, version)
         if published is not None:
             with storage.only_process(path):
-                if published != self._local_meta(run_id, version):
+                if published != self._local_meta(run_id, version) and not self._lacks_pin(run_id, version):
                     storage.download_folder(self.name_of(run_id, version), FIELD, path)
         if version == 0 and not path.is_dir():
             return self.source
@@ -169,6 +170,12 @@ class Checkpoints:
         """Returns whether the weights that are published are those on this machine."""
         published, here = self._published_meta(run_id, version), self._local_meta(run_id, version)
         return published is not None and here is not None and published.get("id") == here.get("id")
+
+    def _lacks_pin(self, run_id: str, version: int) -> bool:
+        """Returns whether a version was pinned on this machine, and what is published of it does not say so."""
+        if not (self._local_meta(run_id, version) or {}).get("pinned") or not self._is_published(run_id, version):
+            return False
+        return not (self._published_meta(run_id, version) or {}).get("pinned")
 
     def _local_meta(self, run_id: str, version: int) -> Mapping[str, Any] | None:
         path = self.path_of(run_id, version) / META_FILE

@@ -113,6 +113,11 @@ def test_a_crash_between_shards_leaves_no_checkpoint(
     assert TensorReader(second.fetch("r", 2)).read("t0")[0] == 2
 
 
+def refuse(path: Path, url: str, field: str) -> None:
+    """Storage that takes no file."""
+    raise UnavailableError("refused")
+
+
 def test_an_upload_that_fails_is_told_and_made_good_later(
     machine: Callable[[str], Checkpoints], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,11 +132,15 @@ def test_an_upload_that_fails_is_told_and_made_good_later(
     first.write("r", 2, tensors(2))
     assert first.publish("r", 2) == ""
     assert machine("second").versions("r") == [1, 2]
-    # One that is pinned afterwards is not sent again, and is the same for others.
+    # One that is pinned afterwards is not sent again, and is the same for others, if only with a later one.
     first.pin("r", 1)
     with monkeypatch.context() as patched:
+        patched.setattr(storage, "publish_file", refuse)
+        assert first.publish("r", 1) == "refused"
+    first.fetch("r", 1)
+    with monkeypatch.context() as patched:
         patched.delattr(storage, "publish_folder")
-        assert first.publish("r", 1) == ""
+        assert first.publish("r", 2) == ""
     for version in (3, 4, 5):
         first.write("r", version, tensors(version))
         assert first.publish("r", version) == ""
