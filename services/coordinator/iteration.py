@@ -174,8 +174,11 @@ class Iteration:
         sampler: Sampler,
         weight_sync: WeightSync,
         rollout: RolloutPhase,
+        *,
+        skips_zero_advantages: bool,
     ) -> None:
         self._context = context
+        self._skips_zero_advantages = skips_zero_advantages
         self._committed = committed
         self._rollout = rollout
         self._groups = groups
@@ -205,7 +208,7 @@ class Iteration:
         counts = await self._roll_out()
         weights = ShapingWeights.at(config, self._number)
         batch = make_training_batch(
-            self._groups, weights, config.drop_uniform_groups, self._sampler.left_out, config.algorithm.name
+            self._groups, weights, config.drop_uniform_groups, self._sampler.left_out, self._skips_zero_advantages
         )
         learning_rate = learning_rate_at(config.optimizer.learning_rate, config.final_lr_ratio, self._progress())
         result: trainer_pb2.TrainResult | None = None

@@ -139,9 +139,12 @@ def is_uniform(rewards: Sequence[float]) -> bool:
     return max(rewards) - min(rewards) < 1e-9
 
 
-def teaches_nothing(algorithm: str, judged: Sequence[Trajectory], rewards: Sequence[float]) -> bool:
-    """Returns whether a group has equal rewards; for ReST, which compares none, whether it has no correct response."""
-    if algorithm == "rest":
+def teaches_nothing(skips_zero_advantages: bool, judged: Sequence[Trajectory], rewards: Sequence[float]) -> bool:
+    """Returns whether a group has equal rewards.
+
+    For an algorithm that skips zero advantages, and compares no rewards, whether it has no correct response.
+    """
+    if skips_zero_advantages:
         return not any(trajectory.correct for trajectory in judged)
     return is_uniform(rewards)
 
@@ -169,7 +172,7 @@ def make_training_batch(
     weights: ShapingWeights,
     drop_uniform: bool,
     left_out: Collection[str] = (),
-    algorithm: str = "policy_mirror_descent",
+    skips_zero_advantages: bool = False,
 ) -> TrainingBatch:
     """Shapes the rewards of the complete groups; members whose judging failed take no part, nor groups of prompts that
     are left out.
@@ -192,7 +195,7 @@ def make_training_batch(
             batch.failed += 1
             continue
         rewards = shape_rewards(judged, weights)
-        if drop_uniform and teaches_nothing(algorithm, judged, rewards):
+        if drop_uniform and teaches_nothing(skips_zero_advantages, judged, rewards):
             batch.uniform += 1
             continue
         training_group = pb.TrainingGroup(group_id=group.id)

@@ -107,6 +107,9 @@ class Run:
     async def _attempt(self) -> None:
         context, config = self._context, self._context.config
         committed, groups, sampler = await self._restore()
+        checked = await context.peers.trainer.check_algorithm(
+            config.algorithm_request(), timeout_s=context.settings.control_timeout_s
+        )
         if committed.state.started_seconds is None:
             await self._evaluate(committed, "baseline")
             committed.state.started_seconds = context.status.elapsed_seconds
@@ -118,7 +121,16 @@ class Run:
                     await self._evaluate(committed, "periodic")
                 number, version = committed.iteration + 1, committed.policy_version
                 with detached_span("iteration", run=self._run_id, iteration=number, version=version):
-                    line = await Iteration(context, committed, groups, sampler, self._weight_sync, rollout).run()
+                    iteration = Iteration(
+                        context,
+                        committed,
+                        groups,
+                        sampler,
+                        self._weight_sync,
+                        rollout,
+                        skips_zero_advantages=checked.skips_zero_advantages,
+                    )
+                    line = await iteration.run()
                     self._committed_iteration = committed.iteration
                     context.status.metrics = numbers(line)
                     log.info("iteration", metrics=numbers(line))

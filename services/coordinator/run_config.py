@@ -532,6 +532,15 @@ class RunConfig(Model):
         """Returns the optimizer's settings at a learning rate."""
         return to_message(self.optimizer, trainer_pb2.Optimizer(), learning_rate=learning_rate)
 
+    def algorithm_request(self, longest_sequence: int = 0) -> trainer_pb2.CheckAlgorithmRequest:
+        """Returns the question whether, and how, the trainer trains with these settings."""
+        return trainer_pb2.CheckAlgorithmRequest(
+            algorithm=self.algorithm.message(),
+            update=self.update_message(),
+            optimizer=self.optimizer_message(self.optimizer.learning_rate),
+            longest_sequence=longest_sequence,
+        )
+
     @property
     def rolls_out_during_training(self) -> bool:
         """Whether workers that do not share the trainer's devices generate while it trains."""

@@ -277,14 +277,7 @@ class Runs:
         """Has the trainer check the settings that only it knows; one that is away checks them with its first job."""
         config = inputs.config
         prompt_tokens = max(prompt.tokens for prompt in inputs.prompts.values())
-        requests = {
-            "run": trainer_pb2.CheckAlgorithmRequest(
-                algorithm=config.algorithm.message(),
-                update=config.update_message(),
-                optimizer=config.optimizer_message(config.optimizer.learning_rate),
-                longest_sequence=prompt_tokens + config.rollout.max_response_tokens,
-            )
-        }
+        requests = {"run": config.algorithm_request(prompt_tokens + config.rollout.max_response_tokens)}
         for number, stage in enumerate(config.sft):
             requests[f"run.sft.{number}"] = trainer_pb2.CheckAlgorithmRequest(
                 algorithm=stage.algorithm.message(),

@@ -23,6 +23,7 @@ from services.kit.hf import read_model_files
 from services.kit.server import App, channel_options
 from services.kit.storage import cache_folder, receive_piece
 from services.kit.telemetry import get_logger
+from services.trainer.algorithms.base import Algorithm
 from services.trainer.config import TrainerConfig
 from services.trainer.fine_tuning import check_supervised
 from services.trainer.trainer import Trainer
@@ -69,7 +70,10 @@ class TrainerService(TrainerServiceServicer):
             if request.supervised
             else check_training(request.algorithm, request.update, request.optimizer)
         )
-        response = pb.CheckAlgorithmResponse(algorithm=pb.Algorithm(name=request.algorithm.name))
+        response = pb.CheckAlgorithmResponse(
+            algorithm=pb.Algorithm(name=request.algorithm.name),
+            skips_zero_advantages=isinstance(algorithm, Algorithm) and algorithm.skips_zero_advantages,
+        )
         json_format.ParseDict(algorithm.settings.model_dump(mode="json"), response.algorithm.settings)
         return response
 

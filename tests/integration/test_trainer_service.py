@@ -347,6 +347,11 @@ async def test_settings_of_an_algorithm_are_checked_without_training(
     request.optimizer.learning_rate = 1e-3
     checked = await trainer.client.check_algorithm(request)
     assert dict(checked.algorithm.settings) == {"tau": 0.1, "baseline": "mean"}
+    assert not checked.skips_zero_advantages
+    rest = pb.CheckAlgorithmRequest(
+        algorithm=pb.Algorithm(name="rest"), update=request.update, optimizer=request.optimizer
+    )
+    assert (await trainer.client.check_algorithm(rest)).skips_zero_advantages
     request.longest_sequence = 129
     with pytest.raises(InvalidArgumentError, match=r"rollout\.max_response_tokens: 129 .* than the 128"):
         await trainer.client.check_algorithm(request)

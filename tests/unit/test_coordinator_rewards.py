@@ -215,7 +215,7 @@ def test_groups_that_teach_nothing_are_consumed_and_not_trained() -> None:
 
 def test_rest_learns_from_groups_of_right_responses_and_from_no_group_without_one() -> None:
     right, wrong = make_group([CORRECT, CORRECT], [1.0, 1.0]), make_group([WRONG, WRONG], [0.1, 0.0])
-    batch = make_training_batch([right, wrong], ShapingWeights(0.0, 0.0), True, algorithm="rest")
+    batch = make_training_batch([right, wrong], ShapingWeights(0.0, 0.0), True, skips_zero_advantages=True)
     assert [len(group.trajectories) for group in batch.groups] == [2]
     assert (batch.consumed, batch.uniform) == ([right, wrong], 1)
 

@@ -506,6 +506,11 @@ class CheckAlgorithmResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ALGORITHM_FIELD_NUMBER: _builtins.int
+    SKIPS_ZERO_ADVANTAGES_FIELD_NUMBER: _builtins.int
+    skips_zero_advantages: _builtins.bool
+    """Trajectories whose advantage is 0 take no part: correct responses teach by themselves, and not by what they have
+    before others of their group.
+    """
     @_builtins.property
     def algorithm(self) -> Global___Algorithm:
         """The algorithm with every setting, defaults included."""
@@ -514,10 +519,11 @@ class CheckAlgorithmResponse(_message.Message):
         self,
         *,
         algorithm: Global___Algorithm | None = ...,
+        skips_zero_advantages: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "skips_zero_advantages", b"skips_zero_advantages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -61,7 +61,8 @@ class Algorithm(ABC):
     """Base of the algorithms. A subclass nests its `Settings` and is registered in `algorithms/__init__.py`."""
 
     skips_zero_advantages: ClassVar[bool] = False
-    """Whether trajectories whose advantage is 0 take no part: they are not read, and their tokens do not count."""
+    """Whether trajectories whose advantage is 0 take no part: they are not read, and their tokens do not count. Then a
+    group without a correct response is left out of training, and not one with equal rewards."""
 
     class Settings(Model):
         """Settings of the algorithm, each field with a docstring; unknown ones are refused."""
