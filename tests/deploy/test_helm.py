@@ -50,6 +50,9 @@ SANDBOX_CAPABILITIES = {
     *("SETGID", "SETPCAP", "SETUID", "SYS_ADMIN", "SYS_CHROOT"),
 }
 JOBS = ("prepare", "train")
+# The buffer's own folder, a volume only without `redis.secret`.
+DATA = "/data"
+LOCATION = "services.buffer.env.PERIGEE_BUFFER__OFFLOAD__LOCATION"
 
 each_case = pytest.mark.parametrize(
     ("values", "options"), CASES, ids=[" ".join((values, *options)) for values, options in CASES]
@@ -106,10 +109,34 @@ def test_wrong_values_are_refused(helm: Helm, wrong: str) -> None:
             ("--set-file", f"recipe={RECIPE}", "--set", "services.sandbox.enabled=false"),
             "peers.sandbox: is required, since services.sandbox.enabled is false: give host:port",
         ),
+        (
+            ("--set-file", f"recipe={RECIPE}", "--set", f"{LOCATION}={DATA}/offload,redis.secret=redis"),
+            f"buffer.offload.location: {DATA}/offload is on no volume of the buffer",
+        ),
     ],
 )
 def test_what_is_missing_is_said_in_a_sentence(helm: Helm, options: tuple[str, ...], sentence: str) -> None:
     assert sentence in helm.run("template", CHART, *options).stderr
+
+
+@pytest.mark.parametrize(
+    ("location", "options", "mounts", "secrets"),
+    [
+        ("{run}/offload", (), {"/runs"}, set()),
+        ("s3://bucket/offload", ("--set", "runs.secret=bucket"), set(), {"bucket"}),
+        ("{run}/offload", ("--set", "runs.url=s3://bucket/runs,runs.secret=bucket"), set(), {"bucket"}),
+        ("", ("--set", "runs.url=s3://bucket/runs,runs.secret=bucket"), set(), set()),
+    ],
+)
+def test_the_buffer_reaches_where_it_moves_long_trajectories(
+    render: Render, tmp_path: Path, location: str, options: tuple[str, ...], mounts: set[str], secrets: set[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"{RECIPE.read_text()}\nbuffer: {{offload: {{location: '{location}'}}}}\n")
+    template = dict(pods(render("gpu-multi-node", "--set-file", f"recipe={recipe}", *options)))["buffer"]
+    container = container_of(template)
+    assert {each["mountPath"] for each in container["volumeMounts"] if each["name"] == "runs"} == mounts
+    assert {each["secretRef"]["name"] for each in container.get("envFrom", ())} == secrets
 
 
 @cache

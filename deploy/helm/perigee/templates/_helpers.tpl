@@ -155,13 +155,28 @@ labels:
 
 {{- /* Credentials of object storage, for those who read or write there. */ -}}
 {{- define "perigee.storageEnv" -}}
-{{- if and .root.Values.runs.secret (has .service (list "trainer" "coordinator" "train")) -}}
+{{- if and .root.Values.runs.secret (or (has .service (list "trainer" "coordinator" "train")) (contains "://" (include "perigee.offload" .))) -}}
 envFrom: [{secretRef: {name: {{ .root.Values.runs.secret }}}}]
 {{- end }}
 {{- end }}
 
 {{- define "perigee.usesRuns" -}}
-{{- if and (has .service (list "trainer" "coordinator" "prepare" "train")) (not .root.Values.runs.url) }}true{{ end }}
+{{- if and (or (has .service (list "trainer" "coordinator" "prepare" "train")) (hasPrefix (printf "%s/" .root.Values.runs.path) (include "perigee.offload" .))) (not .root.Values.runs.url) }}true{{ end }}
+{{- end }}
+
+{{- /* Where the buffer moves long trajectories, empty for nowhere and for other services. A folder is on a volume that
+       outlasts the pod, and that all replicas have. */ -}}
+{{- define "perigee.offload" -}}
+{{- if eq .service "buffer" }}
+{{- $recipe := include "perigee.recipe" .root | fromYaml }}
+{{- $location := get (.values.env | default dict) "PERIGEE_BUFFER__OFFLOAD__LOCATION" | default (($recipe.buffer | default dict).offload | default dict).location | default "" }}
+{{- $onRuns := and (not .root.Values.runs.url) (hasPrefix (printf "%s/" .root.Values.runs.path) $location) }}
+{{- $onData := and (not .root.Values.redis.secret) (hasPrefix "/data/" $location) }}
+{{- if not (or (not $location) (contains "://" $location) $onRuns $onData) }}
+{{- fail (printf "buffer.offload.location: %s is on no volume of the buffer: give a folder of runs.path, {run}/offload for one, or a URL" $location) }}
+{{- end }}
+{{- $location }}
+{{- end }}
 {{- end }}
 
 {{- define "perigee.podSecurity" -}}
