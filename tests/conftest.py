@@ -64,6 +64,7 @@ GROUPS = {
         "test_trainer_equation",
         "test_trainer_experts",
         "test_trainer_weights",
+        "test_trainer_memory",
         "test_trainer_vision",
         "test_trainer_service",
         "test_trainer_push",

@@ -170,7 +170,9 @@ class Engine:
                 self._check_longest(config)
                 self.max_tokens = min(self.max_tokens, self._max_tokens)
             held_by = torch.device("cpu") if self._offloads else self.dims.device
-            room = whole_bytes(held_by, processes) - sum(self.policy.count_copies().values())
+            # With activations elsewhere the copies of the policy take nothing of their room.
+            copies = 0 if self._offloads else sum(self.policy.count_copies().values())
+            room = whole_bytes(held_by, processes) - copies
             self._longest = min(self.everyone.gather(int(room / self._token_bytes)))
             # Ranks that fail before this do so together, each with the reason.
             connections = connect_machines(self.everyone, self.dims.rank, self.dims.world, processes)

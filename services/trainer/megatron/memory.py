@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from services.trainer.megatron.optimizer import list_parts
 
@@ -62,7 +64,8 @@ def whole_bytes(device: torch.device, processes: int, limit: Path = _LIMIT) -> i
 class OffloadedTensors(torch.autograd.graph.saved_tensors_hooks):
     """Scope in which autograd saves tensors in the machine's memory; the parameters and small tensors stay.
 
-    A copy runs on the device's stream, behind what computes the tensor and before what takes its memory next.
+    What several operations save is copied once, and what a backward pass computes again stays: it is taken at once. A
+    copy runs on the device's stream, behind what computes the tensor and before what takes its memory next.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], min_bytes: int = 1 << 20) -> None:
@@ -70,13 +73,22 @@ class OffloadedTensors(torch.autograd.graph.saved_tensors_hooks):
         self.moved_bytes = 0
         self._min_bytes = min_bytes
         self._parameters = {_storage(parameter) for parameter in parameters}
+        # By the part of a storage, and the number of the changes that it had: a weak reference's number is given once.
+        self._copies: WeakValueDictionary[Any, torch.Tensor] = WeakValueDictionary()
 
     def _pack(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.device | None]:
-        if tensor.nbytes < self._min_bytes or _storage(tensor) in self._parameters:
-            return tensor, None
-        copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        copy.copy_(tensor, non_blocking=True)
-        self.moved_bytes += copy.nbytes
+        is_backward = torch._C._current_graph_task_id() >= 0
+        if is_backward or tensor.nbytes < self._min_bytes or _storage(tensor) in self._parameters:
+            # The tensor itself would hold the operation that holds it.
+            return tensor.detach(), None
+        storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        key = (storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
+        copy = self._copies.get(key)
+        if copy is None:
+            copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            copy.copy_(tensor, non_blocking=True)
+            self.moved_bytes += copy.nbytes
+            self._copies[key] = copy
         return copy, tensor.device
 
     def _unpack(self, saved: tuple[torch.Tensor, torch.device | None]) -> torch.Tensor:
@@ -100,12 +112,12 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
     def _pack(self, tensor: torch.Tensor) -> _Saved:
         key = _storage(tensor)
         if key in self._parameters:
-            return _Saved(tensor, None)
+            return _Saved(tensor.detach(), None)
         self._holders[key] += 1
         if self._holders[key] == 1:
             self._bytes += tensor.untyped_storage().nbytes()
             self.peak = max(self.peak, self._bytes)
-        return _Saved(tensor, self)
+        return _Saved(tensor.detach(), self)
 
     def _unpack(self, saved: _Saved) -> torch.Tensor:
         return saved.tensor
