@@ -180,7 +180,7 @@ def _change_folder(folder: Path, field: str, rope: RopeConfig) -> Path:
         if not changed.is_dir():
             with staging_folder(changed) as staging:
                 for name in names:
-                    (staging / name).symlink_to((folder / name).resolve())
+                    (staging / name).symlink_to(folder.resolve() / name)
                 write_atomically(staging / CONFIG_FILE, content)
     return changed
 

@@ -66,6 +66,9 @@ class RopeScaling(Model):
         for key in given:
             if key not in known:
                 raise ValueError(f"{key} is no setting of type {self.type}: leave it out")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low is not None and high is not None and low >= high:
+            raise ValueError(f"low_freq_factor must be below high_freq_factor, got {low:g} and {high:g}")
         return self
 
     def settings(self) -> dict[str, Any]:
@@ -132,6 +135,11 @@ def read_rope(config: Mapping[str, Any]) -> Rope:
     for key in REQUIRED[kind]:
         if key not in settings:
             raise ValueError(f"has rope type {kind} without {key}")
+    if kind == "llama3" and settings["low_freq_factor"] >= settings["high_freq_factor"]:
+        raise ValueError(
+            f"has low_freq_factor {settings['low_freq_factor']}, not below high_freq_factor "
+            f"{settings['high_freq_factor']}, which transformers and vLLM compute in different ways"
+        )
     # vLLM takes a whole number for a list of factors.
     if kind == "linear" and not isinstance(settings["factor"], float):
         raise ValueError(f"has factor {settings['factor']} of rope type linear: write it as {settings['factor']}.0")

@@ -104,6 +104,7 @@ def test_deepseeks_factors_of_attention_are_read() -> None:
             {"rope_scaling": {**LLAMA3, "low_freq_factor": None}},
             "low_freq_factor None of rope type llama3, which is no",
         ),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "has low_freq_factor 4.0, not below high_freq_factor"),
         ({"rope_scaling": {**YARN, "attn_factor": 1.0}}, "has the setting attn_factor of rope type yarn"),
         ({"rope_scaling": {**YARN, "mrope_section": [2, 3, 3]}}, "has mrope_section with rope type yarn"),
         ({"rope_scaling": YARN, "rope_parameters": LLAMA3}, "has other rope_parameters than rope_scaling"),
@@ -124,6 +125,10 @@ def test_what_engines_would_read_otherwise_is_refused(tmp_path: Path, fields: di
     [
         ("{type: yarn, factor: 4}", "original_max_position_embeddings is required with type yarn"),
         ("{type: linear, factor: 2, beta_fast: 3}", "beta_fast is no setting of type linear"),
+        (
+            "{type: llama3, factor: 2, original_max_position_embeddings: 8, low_freq_factor: 4, high_freq_factor: 1}",
+            "low_freq_factor must be below high_freq_factor",
+        ),
         ("{type: dynamic, factor: 2}", "input should be 'default', 'linear', 'llama3' or 'yarn'"),
         ("{type: linear, factor: 0.5}", "greater than or equal to 1"),
     ],
@@ -159,10 +164,16 @@ def test_a_changed_model_is_a_folder_of_links(tmp_path: Path, monkeypatch: pytes
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(PLAIN))
-    (model / "model.safetensors").write_bytes(b"weights")
+    for number in (1, 2):
+        (tmp_path / f"blob{number}").write_bytes(b"weights %d" % number)
+    (model / "model.safetensors").symlink_to(tmp_path / "blob1")
     rope = RopeConfig(scaling=RopeScaling(type="yarn", factor=4, original_max_position_embeddings=32))
     changed = Path(fetch_model(str(model), "trainer.model", rope, weights=True))
-    assert (changed / "model.safetensors").samefile(model / "model.safetensors")
+    # What the model's folder links to may change, as in a cache of the model hub.
+    for blob in ("blob1", "blob2"):
+        (model / "model.safetensors").unlink()
+        (model / "model.safetensors").symlink_to(tmp_path / blob)
+        assert (changed / "model.safetensors").samefile(tmp_path / blob)
     assert open_model_folder(changed, "m").context_tokens == 128
     assert open_model_folder(changed, "m").rope.settings["factor"] == 4
     assert json.loads((model / "config.json").read_text()) == PLAIN
