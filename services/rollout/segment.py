@@ -193,7 +193,8 @@ async def generate_segment(
     )
     async with aclosing(engine.generate(request)) as outputs:
         async for output in outputs:
-            if not segment.prefilled_tokens:
+            # One that waits in the engine may end without having been read.
+            if output.token_ids and not segment.prefilled_tokens:
                 _count_prefill(segment, request, output)
             kept, end_reason = _find_end(output, detector, segment.end_reason)
             aborted = output.finish == "abort" and not end_reason

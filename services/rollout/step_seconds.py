@@ -47,9 +47,12 @@ def count_step_seconds(core_class: Any, scheduler_class: Any) -> None:
 def count_tokens(scheduled: Mapping[str, int], requests: Mapping[str, Any]) -> tuple[int, int]:
     """Returns the tokens of a step that are prefilled, and those that follow on sampled ones.
 
-    A request that has sampled is scheduled by one token, unless it lost its keys and values and computes them again.
+    A request that has sampled is scheduled by one token, unless it lost its keys and values and computes them again. So
+    is one that has ended: where steps overlap, it ends after the next step has been scheduled.
     """
     decoded = sum(
-        1 for name, tokens in scheduled.items() if tokens == 1 and name in requests and requests[name].num_output_tokens
+        1
+        for name, tokens in scheduled.items()
+        if tokens == 1 and (name not in requests or requests[name].num_output_tokens)
     )
     return sum(scheduled.values()) - decoded, decoded

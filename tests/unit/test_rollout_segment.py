@@ -13,7 +13,7 @@ from perigee.buffer.v1.buffer_pb2 import VersionSpan
 from perigee.rollout.v1 import rollout_pb2 as pb
 from perigee.rollout.v1.rollout_pb2 import RepetitionStop, Sampling
 from perigee.rpc import MAX_MESSAGE_BYTES
-from services.rollout.engine import Engine, EngineOutput, EngineRequest
+from services.rollout.engine import Engine, EngineOutput, EngineRequest, RequestAbortedError
 from services.rollout.extend import pack_results
 from services.rollout.segment import (
     MAX_TEXT_BYTES,
@@ -133,6 +133,23 @@ async def test_chunks_are_whole_and_the_last_one_says_why() -> None:
     ]
     assert list(engine.requests[0].token_ids) == [7, 8, 1, 2, 3]
     assert engine.requests[0].max_tokens == 10
+
+
+class DrainingEngine(ScriptedEngine):
+    """Ends requests before they have a token."""
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
+        yield EngineOutput(token_ids=[], logprobs=[], versions=[], cached_tokens=0, finish="abort")
+
+
+async def test_the_tokens_that_were_there_are_counted_once_the_engine_has_read_them() -> None:
+    counted = segment(8, response=(1, 2, 3))
+    await collect(ScriptedEngine(range(100, 120), stop=99), counted, settings())
+    assert (counted.cached_tokens, counted.prefilled_tokens) == (1, 4)
+    waiting = segment(8, response=(1, 2, 3))
+    with pytest.raises(RequestAbortedError):
+        await collect(DrainingEngine((), stop=99), waiting, settings())
+    assert (waiting.cached_tokens, waiting.prefilled_tokens) == (0, 0)
 
 
 @pytest.mark.parametrize(("chunk_tokens", "min_repeats"), [(4, 0), (64, 0), (64, 3), (48, 3)])

@@ -12,8 +12,9 @@ from services.rollout.step_seconds import count_step_seconds, count_tokens
 
 def test_tokens_that_follow_on_sampled_ones_are_decoded() -> None:
     requests = {name: SimpleNamespace(num_output_tokens=tokens) for name, tokens in (("a", 0), ("b", 3), ("c", 5))}
-    # The last token of a prompt, one that follows, keys and values that were lost, and a request that has ended.
-    assert count_tokens({"a": 1, "b": 1, "c": 40, "gone": 1}, requests) == (42, 1)
+    # The last token of a prompt, one that follows, keys and values that were lost, and requests that have ended: by
+    # their last token, and in their prompt.
+    assert count_tokens({"a": 1, "b": 1, "c": 40, "gone": 1, "left": 30}, requests) == (71, 2)
 
 
 def test_steps_that_overlap_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
