@@ -23,6 +23,8 @@ from perigee.config import models_in
 ROOT = Path(__file__).parents[1]
 SERVICES = ("coordinator", "rollout", "trainer", "reward", "sandbox", "buffer")
 SHARED = ("server", "telemetry", "http")
+# What several sections have: the keys below it stand once, at the top level.
+TOP_LEVEL = ("rope",)
 HEAD = """# Configuration
 
 Printed from the code by `make docs`; edit the docstrings there. A recipe has a section `run`, which says what is
@@ -119,6 +121,11 @@ def section(name: str, model: type[BaseModel], skip_shared: bool) -> list[str]:
     for key, kind, default, meaning in rows_of(model, ""):
         if skip_shared and not is_own(model, key):
             continue
+        parents, _, last = key.rpartition(".")
+        if name != "Top level" and not {*TOP_LEVEL}.isdisjoint(parents.split(".")):
+            continue
+        if name != "Top level" and last in TOP_LEVEL:
+            meaning += f" Keys: [`{last}`](#top-level)."
         lines.append(f"| `{key}` | {kind} | {default} | {meaning} |")
     return [*lines, ""]
 
