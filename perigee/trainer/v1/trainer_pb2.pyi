@@ -433,8 +433,8 @@ class UpdateSettings(_message.Message):
     minibatches: _builtins.int
     """Optimizer steps per iteration, over equal shares of the groups."""
     max_tokens_per_microbatch: _builtins.int
-    """Tokens per forward and backward pass; a longer sequence has a pass of its own.
-    Tokens that each process passes at once; context-parallel ones together pass that many times as many.
+    """Tokens that each process passes at once; context-parallel ones together pass that many times as many. A longer
+    sequence has a pass of its own.
     """
     max_staleness: _builtins.int
     """Tokens whose version is older than base_version by more than this are masked out of the loss."""
