@@ -193,9 +193,6 @@ class RolloutPhase:
         for worker, share in self._shares.items():
             if share.work:
                 worker.record_phase(share.work, share.ended - share.begun)
-        for worker in self.context.registry.with_version(self.policy_version):
-            if worker not in self._shares:
-                worker.record_idle_phase()
 
     async def count(self) -> RolloutCounts:
         """Returns the counts of the phase, once nothing of it is under way."""

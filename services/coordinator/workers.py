@@ -100,10 +100,6 @@ class Worker:
         self.ended_work = self.ended_work * SPEED_DECAY + work
         self.busy_seconds = self.busy_seconds * SPEED_DECAY + seconds
 
-    def record_idle_phase(self) -> None:
-        """Takes it for faster, after a phase that gave it nothing: one that was slow once is measured again."""
-        self.busy_seconds *= SPEED_DECAY
-
 
 @dataclass
 class WorkerRegistry:
