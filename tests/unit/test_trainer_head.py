@@ -13,13 +13,15 @@ from services.trainer.megatron.memory import SavedTensors, free_bytes, whole_byt
 T, D, V = 53, 16, 96
 
 
-def make_tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def make_tensors(
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Hidden states, weight, targets, what is trained, and gradients from the loss."""
     generator = torch.Generator().manual_seed(0)
-    hidden_TD = torch.randn(T, D, generator=generator, requires_grad=True)
-    weight_VD = torch.randn(V, D, generator=generator, requires_grad=True)
+    hidden_TD = torch.randn(T, D, generator=generator, dtype=dtype, requires_grad=True)
+    weight_VD = torch.randn(V, D, generator=generator, dtype=dtype, requires_grad=True)
     targets_T = torch.randint(0, V, (T,), generator=generator)
-    return hidden_TD, weight_VD, targets_T, torch.arange(T) % 3 > 0, torch.randn(T, generator=generator)
+    return hidden_TD, weight_VD, targets_T, torch.arange(T) % 3 > 0, torch.randn(T, generator=generator, dtype=dtype)
 
 
 def table_of(hidden_TD: torch.Tensor, weight_VD: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -29,30 +31,31 @@ def table_of(hidden_TD: torch.Tensor, weight_VD: torch.Tensor, temperature: floa
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk_tokens", [7, 1000])
 @pytest.mark.parametrize("accumulated", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
 def test_values_and_gradients_are_those_of_the_whole_table(
-    temperature: float, chunk_tokens: int, accumulated: bool
+    temperature: float, chunk_tokens: int, accumulated: bool, dtype: torch.dtype, tolerance: float
 ) -> None:
-    hidden_TD, weight_VD, targets_T, trained_T, upstream_T = make_tensors()
+    hidden_TD, weight_VD, targets_T, trained_T, upstream_T = make_tensors(dtype)
     table_TV = table_of(hidden_TD, weight_VD, temperature)
     expected_T = table_TV.gather(1, targets_T[:, None])[:, 0] * trained_T
     expected = torch.autograd.grad((expected_T * upstream_T).sum(), [hidden_TD, weight_VD])
 
     if accumulated:
-        weight_VD.main_grad = torch.ones(V, D)  # type: ignore[attr-defined]
-    head = Head(weight_VD, temperature, chunk_bytes=4 * V * chunk_tokens)
+        weight_VD.main_grad = torch.ones(V, D, dtype=dtype)  # type: ignore[attr-defined]
+    head = Head(weight_VD, temperature, chunk_bytes=dtype.itemsize * V * chunk_tokens)
     logprobs_T, entropies_T = head.evaluate(hidden_TD, targets_T, trained_T, with_entropies=True)
     (logprobs_T * upstream_T).sum().backward()  # type: ignore[no-untyped-call]
     found_VD = weight_VD.main_grad - 1 if accumulated else weight_VD.grad  # type: ignore[attr-defined]
-    assert (logprobs_T - expected_T).abs().max() < 1e-5
-    assert (hidden_TD.grad - expected[0]).abs().max() < 1e-5  # type: ignore[operator]
-    assert (found_VD - expected[1]).abs().max() < 1e-5
+    assert (logprobs_T - expected_T).abs().max() < tolerance
+    assert (hidden_TD.grad - expected[0]).abs().max() < tolerance  # type: ignore[operator]
+    assert (found_VD - expected[1]).abs().max() < tolerance
     assert (weight_VD.grad is None) == accumulated
 
     again_T, zeros_T = head.evaluate(hidden_TD, targets_T, trained_T, with_entropies=False)
     assert torch.equal(again_T, logprobs_T)
     assert not zeros_T.any()
     assert not entropies_T.requires_grad
-    assert (entropies_T + (table_TV.exp() * table_TV).sum(-1) * trained_T).abs().max() < 1e-5
+    assert (entropies_T + (table_TV.exp() * table_TV).sum(-1) * trained_T).abs().max() < tolerance
 
 
 def test_bfloat16_accumulates_in_float32() -> None:

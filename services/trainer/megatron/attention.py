@@ -84,7 +84,7 @@ class SharedRMSNorm(torch.nn.RMSNorm):
     """Normalization whose tokens tensor-parallel ranks share, so that its weight's gradient is summed over them."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps)
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 

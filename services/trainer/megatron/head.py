@@ -50,16 +50,21 @@ class Head:
     temperature: float = 1.0
     group: dist.ProcessGroup | None = None
     chunk_bytes: int = _CHUNK_BYTES
-    """Float32 logits that exist at once."""
+    """Logits that exist at once."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of logits and of what is made of them: that of the weight, or float32 where it has fewer bits."""
+        return torch.promote_types(self.weight_VD.dtype, torch.float32)
 
     def evaluate(
         self, hidden_TD: torch.Tensor, targets_T: torch.Tensor, trained_T: torch.Tensor, *, with_entropies: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns log softmax(logits / temperature) at the targets with gradient, and entropies in nats without.
 
-        Both are in float32, and 0 where not trained; entropies are 0 unless asked for. The weight's gradient is added
-        to its `main_grad` where it has one, as Megatron's own layers with fused accumulation do: another tensor of its
-        size would come to more than the logits of a chunk.
+        Both are of the head's `dtype`, and 0 where not trained; entropies are 0 unless asked for. The weight's gradient
+        is added to its `main_grad` where it has one, as Megatron's own layers with fused accumulation do: another
+        tensor of its size would come to more than the logits of a chunk.
         """
         rows = trained_T.nonzero()[:, 0]
         found: tuple[torch.Tensor, torch.Tensor] = _Evaluation.apply(  # type: ignore[no-untyped-call]
@@ -71,7 +76,7 @@ class Head:
         self, hidden_TD: torch.Tensor, targets_T: torch.Tensor, rows: torch.Tensor, *, with_entropies: bool
     ) -> torch.Tensor:
         """Returns [3, T]: log-probability, log of the sum of exponentials, and entropy (else 0) of the chosen rows."""
-        found_3T = hidden_TD.new_zeros(3, len(hidden_TD), dtype=torch.float32)
+        found_3T = hidden_TD.new_zeros(3, len(hidden_TD), dtype=self.dtype)
         for rows_C in self.chunks(rows):
             logits_CV = self.logits(hidden_TD[rows_C])
             top_C = self.reduce(logits_CV.amax(-1), dist.ReduceOp.MAX)
@@ -90,12 +95,12 @@ class Head:
 
     def chunks(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yields the rows in chunks, none when there are no rows."""
-        size = max(1, self.chunk_bytes // (4 * len(self.weight_VD)))
+        size = max(1, self.chunk_bytes // (self.dtype.itemsize * len(self.weight_VD)))
         return (rows[start : start + size] for start in range(0, len(rows), size))
 
     def logits(self, hidden_CD: torch.Tensor) -> torch.Tensor:
-        """Returns logits / temperature in float32, in memory of their own."""
-        logits_CV = (hidden_CD.to(self.weight_VD.dtype) @ self.weight_VD.T).float()
+        """Returns logits / temperature, in memory of their own."""
+        logits_CV = (hidden_CD.to(self.weight_VD.dtype) @ self.weight_VD.T).to(self.dtype)
         return logits_CV if self.temperature == 1.0 else logits_CV.div_(self.temperature)
 
     def locate(self, targets_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,14 +145,14 @@ class _Evaluation(torch.autograd.Function):
         main_gradient_VD = getattr(weight_VD, "main_grad", None)
         gradient_VD = main_gradient_VD
         if gradient_VD is None:
-            gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+            gradient_VD = torch.zeros_like(weight_VD, dtype=head.dtype)
         for rows_C in head.chunks(rows):
             hidden_CD = hidden_TD[rows_C].to(weight_VD.dtype)
             # d log p / d logits = one-hot - softmax, here with its sign turned; [C, V] is written as seldom as can be.
             scale_C1 = -gradients[0][rows_C, None] / head.temperature
             columns_C1, owned_C1 = head.locate(targets_T[rows_C])
             error_CV = head.logits(hidden_CD).sub_(normalizers_T[rows_C, None]).exp_()
-            error_CV = error_CV.scatter_add_(1, columns_C1, -owned_C1.float()).to(weight_VD.dtype)
+            error_CV = error_CV.scatter_add_(1, columns_C1, -owned_C1.to(head.dtype)).to(weight_VD.dtype)
             hidden_gradient_TD[rows_C] = (error_CV @ weight_VD * scale_C1).to(hidden_TD.dtype)
             scaled_CD = (hidden_CD * scale_C1).to(weight_VD.dtype)
             if gradient_VD.dtype == weight_VD.dtype:

@@ -335,8 +335,9 @@ def build_model(
     core.to(dims.device)
     reduce_apart(core.named_parameters())
     module = Float16Module(config, core) if dtype is torch.bfloat16 else core
+    # Gradients have the type of the weights; those of bfloat16 are summed in float32.
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=dims.context * dims.data > 1
+        grad_reduce_in_fp32=dtype is torch.bfloat16, use_distributed_optimizer=dims.context * dims.data > 1
     )
     model = DistributedDataParallel(config, ddp_config, module)
     config.finalize_model_grads_func = _finalize_unscaled
