@@ -11,7 +11,7 @@ from statistics import fmean
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from bench.reproduce.arms import BY_RATE, RATE_SEED, REST_SEEDS, SEEDS, SHORTENING_SEEDS
+from bench.reproduce.arms import BY_RATE, MORE_SEEDS, RATE_SEED, SEEDS, SHORTENING_SEEDS
 from bench.reproduce.curves import (
     Curve,
     Curves,
@@ -358,7 +358,7 @@ def ends(curves: Collection[Curve], measure: Measure, digits: int) -> tuple[str,
 FIGURES: dict[str, Plot | GradientNoise | SandboxStarts] = {
     plot.name: plot
     for plot in (
-        Plot("growth", (Line("base", "base", BLUE),), draw_growth, find_growth),
+        Plot("growth", (Line("base", "base", BLUE),), draw_growth, find_growth, MORE_SEEDS),
         Plot("sizes", (Line("base", "small", BLUE), Line("large", "large", ORANGE, "s--")), draw_sizes, find_sizes),
         Plot(
             "long2short",
@@ -385,7 +385,7 @@ FIGURES: dict[str, Plot | GradientNoise | SandboxStarts] = {
             (Line("rest_3e-04", "ReST", ORANGE, "s--"), Line("base", "mirror descent", BLUE)),
             draw_comparison,
             find_comparison,
-            REST_SEEDS,
+            MORE_SEEDS,
         ),
         Plot(
             "rest-at-one-rate",
