@@ -34,6 +34,8 @@ class FakeSampler(RolloutServiceServicer):
     deaths: int = 0
     # Answers that it gives before it dies.
     last_words: int = 2
+    # Answers, by their number, of which no message holds the text.
+    too_long: frozenset[str] = frozenset()
     version: int = 5
     status: int = pb.WORKER_STATUS_READY
     asked: list[list[str]] = field(default_factory=list)
@@ -50,9 +52,13 @@ class FakeSampler(RolloutServiceServicer):
             if self.deaths and number == self.last_words:
                 self.deaths -= 1
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "the engine died")
-            yield pb.GenerateResponse(
-                id=item.id, text="#" + item.id.rpartition("/")[2], end_reason=buffer_pb2.END_REASON_STOP
-            )
+            answer = item.id.rpartition("/")[2]
+            response = pb.GenerateResponse(id=item.id, end_reason=buffer_pb2.END_REASON_STOP)
+            if answer in self.too_long:
+                response.left_out_bytes = 4 << 20
+            else:
+                response.text = "#" + answer
+            yield response
 
 
 SAMPLES = 4
@@ -102,6 +108,11 @@ async def test_what_is_never_judged_is_counted_as_failed() -> None:
     reward = FakeReward(broken={"s/q0/1", "s/q0/3"}, failing={"s/q1/1": 1})
     found = await ask_all([FakeSampler()], reward, prompts(2))
     assert found == {"q0": SampleCounts(wrong=2, failed=2), "q1": SampleCounts(correct=1, wrong=3)}
+
+
+async def test_an_answer_whose_text_no_message_holds_is_counted_as_failed() -> None:
+    found = await ask_all([FakeSampler(too_long=frozenset({"1", "2"}))], FakeReward(), prompts(1))
+    assert found == {"q0": SampleCounts(wrong=2, failed=2)}
 
 
 async def test_a_worker_with_other_weights_ends_it() -> None:

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -343,7 +343,7 @@ async def _sample_chunk(
 ) -> dict[str, SampleCounts]:
     """Samples some prompts on one worker and counts the verdicts."""
     sampled = {f"{stage.name}/{prompt.line.id}/{n}": prompt for prompt in chunk for n in range(stage.samples)}
-    texts = await _generate(worker, sampled, stage, model)
+    responses = await _generate(worker, sampled, stage, model)
     counts = {prompt.line.id: Counter[str]() for prompt in chunk}
 
     async def count(outcomes: list[reward_pb2.ScoreResponse]) -> None:
@@ -356,17 +356,17 @@ async def _sample_chunk(
     async with scoring(model.reward, ScoringOptions(unavailable_s=model.unavailable_s), count) as pipeline:
         for item_id, prompt in sampled.items():
             line = prompt.line
-            text = stage.given(line.item) + texts[item_id]
-            await pipeline.submit(ScoreJob(item_id, text, line.item, line.judged_images, model.images))
+            text, left_out = stage.given(line.item) + responses[item_id].text, responses[item_id].left_out_bytes
+            await pipeline.submit(ScoreJob(item_id, text, line.item, line.judged_images, model.images, left_out))
     return {question_id: SampleCounts(**found) for question_id, found in counts.items()}
 
 
 async def _generate(
     worker: RolloutClient, sampled: Mapping[str, EncodedPrompt], stage: ModelStage, model: SampledModel
-) -> dict[str, str]:
-    """Returns the texts by id; what a worker left out is asked again."""
-    texts: dict[str, str] = {}
-    outage = _Outage(model.unavailable_s, texts)
+) -> dict[str, rollout_pb2.GenerateResponse]:
+    """Returns the responses by id; what a worker left out is asked again."""
+    responses: dict[str, rollout_pb2.GenerateResponse] = {}
+    outage = _Outage(model.unavailable_s, responses)
     sampling = rollout_pb2.Sampling(temperature=model.temperature, seed=model.seed)
     async for attempt in AsyncRetrying(
         retry=retry_if_exception_type(TRANSIENT),
@@ -377,7 +377,7 @@ async def _generate(
         with attempt:
             call = rollout_pb2.GenerateRequest(sampling=sampling, text_only=True, policy_version=model.policy_version)
             for item_id, prompt in sampled.items():
-                if item_id not in texts:
+                if item_id not in responses:
                     digests = [image.digest for image in prompt.images]
                     call.items.add(
                         id=item_id,
@@ -390,24 +390,24 @@ async def _generate(
                 await worker.put_images(await asyncio.to_thread(model.images.read_all, part))
             async for response in worker.generate(call, timeout_s=CALL_TIMEOUT_S):
                 if response.end_reason != buffer_pb2.END_REASON_UNSPECIFIED:
-                    texts[response.id] = response.text
-            if left_out := len(sampled) - len(texts):
+                    responses[response.id] = response
+            if left_out := len(sampled) - len(responses):
                 raise UnavailableError(f"the worker at {worker.target} left {left_out} prompts out")
-    return texts
+    return responses
 
 
 class _Outage:
     """Time in which a worker has given nothing: calls are long, so the time since the first of them says nothing."""
 
-    def __init__(self, limit_s: float, texts: Mapping[str, str]) -> None:
+    def __init__(self, limit_s: float, responses: Sized) -> None:
         self._limit_s = limit_s
-        self._texts = texts
+        self._responses = responses
         self._held = -1
         self._since = 0.0
 
     def is_over(self, _: RetryCallState) -> bool:
         """Returns whether the last answer came, or the first failure was, longer ago than the limit."""
         now = time.monotonic()
-        if len(self._texts) > self._held:
-            self._held, self._since = len(self._texts), now
+        if len(self._responses) > self._held:
+            self._held, self._since = len(self._responses), now
         return now - self._since > self._limit_s
