@@ -220,8 +220,8 @@ def test_what_was_not_measured_costs_as_much_as_on_other_seeds(results: Path) ->
     for arm, seed, seconds in (("base", 0, 1000.0), ("base", 1, 2600.0), ("base", 2, None), ("warmup", 2, 3600.0)):
         runs.record(ARMS[arm], seed, replace(make_curve(0.1), cpu_seconds=seconds))
     name, *shown = costs.cost_row("growth", costs.trained_for(FIGURES["growth"]))
-    # Three of the base, at a mean of 1,800 s, and three warm-ups.
-    assert (name, *shown) == ("growth", "4.50", "135", "")
+    # Five of the base, at a mean of 1,800 s, and five warm-ups.
+    assert (name, *shown) == ("growth", "7.50", "225", "")
     # An arm that changes the same recipe costs as much, too; what has no such arm is named.
     assert costs.cpu_seconds(("length_reward", 0)) == 1800
     assert costs.cost_row("sizes", costs.trained_for(FIGURES["sizes"]))[-1] == "large, warmup_large"
