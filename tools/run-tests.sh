@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 # Hundreds of processes import the same modules, so each is compiled once, whatever the caller's environment says.
 unset PYTHONDONTWRITEBYTECODE
 log=$(mktemp)
-HYPOTHESIS_PROFILE=${HYPOTHESIS_PROFILE:-ci} "${VENV:-.venv}"/bin/python -m pytest -n "${TEST_PROCESSES:-4}" "$@" >"$log" 2>&1 &
+HYPOTHESIS_PROFILE=${HYPOTHESIS_PROFILE:-ci} "${VENV:-.venv}"/bin/python -m pytest -n "${TEST_PROCESSES:-5}" "$@" >"$log" 2>&1 &
 tests=$!
 trap 'kill $tests 2>/dev/null; rm -f "$log"' EXIT
 trap 'exit 130' INT TERM
