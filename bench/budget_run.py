@@ -1,6 +1,6 @@
 """Whole iterations with the token budget against without it, training included, on long-tailed lengths.
 
-    python -m bench.budget_run [--median 250] [--budget 512] [--groups-with-budget 32] [--rounds 3]
+    python -m bench.budget_run [--median 125] [--budget 256] [--groups-with-budget 32] [--rounds 3]
 
 Two runs on one local stack, one without a budget and one with it; they take turns, a few iterations each. Coordinator,
 buffer, trainer and both vLLM workers are the real ones, as processes of one thread each; the tiny model of
@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from bench.long_tail import RUN_IN_ITERATIONS, RUN_IN_RESPONSES, read_costs
+from bench.long_tail import read_costs
 from bench.machine import describe_machine
 from bench.token_costs import write_tiny_model
 from perigee.cli.recipe import load_recipe, open_new_run
@@ -132,12 +132,13 @@ def read_turn(lines: Sequence[Mapping[str, Any]]) -> Turn:
     """Returns the figures of iterations."""
 
     def column(name: str) -> tuple[Any, ...]:
-        return tuple(line.get(name, 0.0) for line in lines)
+        return tuple(line[name] for line in lines)
 
     return Turn(
         seconds=column("time/iteration_seconds"),
         rollout=column("time/rollout/seconds"),
-        training=column("time/training/seconds"),
+        # An iteration in which no group is complete has no such phase.
+        training=tuple(line.get("time/training/seconds", 0.0) for line in lines),
         trained=column("train/trajectories"),
         trained_tokens=column("train/tokens"),
         sampled_tokens=column("rollout/tokens"),
@@ -153,16 +154,16 @@ def show(values: Sequence[float]) -> str:
 def parse() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--median", type=int, default=250)
+    parser.add_argument("--median", type=int, default=125)
     parser.add_argument("--sigma", type=float, default=1.0)
-    parser.add_argument("--budget", type=int, default=512)
+    parser.add_argument("--budget", type=int, default=256)
     parser.add_argument("--groups", type=int, default=16)
-    parser.add_argument("--groups-with-budget", type=int)
+    parser.add_argument("--groups-with-budget", type=int, default=32)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--capacity", type=int, default=64)
-    parser.add_argument("--iterations", type=int, default=8, help="with the budget, of a turn")
-    parser.add_argument("--iterations-without", type=int, default=3)
-    parser.add_argument("--run-in", type=int, help="iterations with the budget that mix the ages first")
+    parser.add_argument("--iterations", type=int, default=6, help="with the budget, of a turn")
+    parser.add_argument("--iterations-without", type=int, default=2)
+    parser.add_argument("--run-in", type=int, default=12, help="iterations with the budget that mix the ages first")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--costs", type=Path, default=Path(__file__).parent / "costs" / "tiny-cpu.json")
     parser.add_argument("--out", type=Path, default=Path("bench/results/budget_run.json"))
@@ -180,14 +181,13 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, list
         for spec in plan_stack(run, recipe.values, arguments.workers)
     ]
     without: dict[str, Any] = dict(recipe.values["run"])
-    with_budget = copy.deepcopy(without) | {"max_live_groups": arguments.groups_with_budget or arguments.groups}
+    with_budget = copy.deepcopy(without) | {"max_live_groups": arguments.groups_with_budget}
     with_budget["rollout"]["token_budget"] = arguments.budget
     turns: dict[str, list[Turn]] = {"without": [], "with": []}
     [address] = [spec.address for spec in specs if spec.service == "coordinator"]
     async with LocalStack(run, specs, print), CoordinatorClient.connect(address) as client:
         # What the run began with has ended by then, and with it most groups whose long responses came late.
-        run_in = RUN_IN_ITERATIONS + round(RUN_IN_RESPONSES * arguments.median / arguments.budget)
-        await go_on(client, folder / "with", with_budget, run_in if arguments.run_in is None else arguments.run_in)
+        await go_on(client, folder / "with", with_budget, arguments.run_in)
         for number in range(arguments.rounds):
             for name, section, iterations in (
                 ("without", without, arguments.iterations_without),
