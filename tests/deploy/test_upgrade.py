@@ -113,7 +113,7 @@ class Stack:
             self.processes[name] = subprocess.Popen(
                 command or service,
                 cwd=tree,
-                env=os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"},
+                env=os.environ | {"PYTHONPATH": str(tree)},
                 stdout=log,
                 stderr=log,
             )

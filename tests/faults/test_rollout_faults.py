@@ -81,7 +81,6 @@ async def running_service(
             "services.rollout",
             *arguments,
             stderr=stderr,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
             start_new_session=True,
         )
     try:
