@@ -308,6 +308,17 @@ async def test_an_interrupt_ends_the_cell_alone(sandbox: SandboxClient) -> None:
         assert (await session.run("6 * 7")).result == "42"
 
 
+async def test_interrupts_while_a_session_begins_its_cell_end_the_cell_alone(sandbox: SandboxClient) -> None:
+    for _ in range(5):
+        async with sandbox.session() as session:
+            running = asyncio.create_task(session.run(SLEEP))
+            while not running.done():
+                await session.interrupt()
+            ended = running.result()
+            assert (ended.error_name, ended.reason) == ("KeyboardInterrupt", "KeyboardInterrupt")
+            assert (await session.run("6 * 7")).result == "42"
+
+
 async def test_variables_of_a_cell_last_as_long_as_it(sandbox: SandboxClient) -> None:
     async with opened_session(sandbox, env={"KEPT": "1"}) as session_id:
         look = "import os\nos.environ.get('KEPT'), os.environ.get('SET')"

@@ -31,7 +31,7 @@ async def test_files_that_are_asked_for_are_not_waited_for_when_the_sandbox_brea
         assert [protocol.receive(theirs).header["kind"] for _ in range(2)] == ["run", "collect"]
         theirs.close()
         async with asyncio.timeout(60):
-            with pytest.raises(SandboxFailedError, match="before its files were reached"):
+            with pytest.raises(SandboxFailedError, match="before it was reached"):
                 await collecting
             with pytest.raises(SandboxFailedError, match="slot-0"):
                 await running

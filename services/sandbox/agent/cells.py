@@ -29,6 +29,8 @@ from .submission import describe_exception
 
 CELLS = 3
 """Descriptor of the socket."""
+BEGAN = b"began %d"
+"""Message that a cell's interpreter has it: an interrupt from now on is that cell's and ends nothing else."""
 REPLIED = b"replied %d"
 """Message that a cell has ended."""
 RunCell = Callable[[str, int], dict[str, Any]]
@@ -53,7 +55,8 @@ class Interrupts:
 
     def __call__(self, _: int, frame: types.FrameType | None) -> None:
         """Handles the signal; one that comes in `run` itself, before its cell or after, must not end the session."""
-        if self.allowed and (frame is None or frame.f_code is not Interrupts.run.__code__):
+        ours = (Interrupts.run.__code__, Interrupts.__call__.__code__)
+        if self.allowed and (frame is None or frame.f_code not in ours):
             raise KeyboardInterrupt
         self.pending = True
 
@@ -159,6 +162,7 @@ def _run_next(inbox: socket.socket, channel: socket.socket, run_cell: RunCell, h
     os.dup2(stderr, 2)
     archive = read_archive(archive_file)
     header = archive.header
+    channel.send(BEGAN % header["number"])
     try:
         write_files(home, zip(header["paths"], archive.blobs[1:], header["executable"], strict=True), header["append"])
     except OSError as error:

@@ -400,6 +400,7 @@ class JobSupervisor:
         if header["kind"] == "interrupt":
             with contextlib.suppress(ProcessLookupError):
                 os.kill(-self._program.pid, signal.SIGINT)
+            protocol.send(self._channel, {"kind": "replied"}, [])
         elif header["kind"] == "collect":
             with self._program.opened_home() as home:
                 found = collect_files(home, header["paths"], header["pack"], header["bytes"])

@@ -536,6 +536,7 @@ class Launcher:
         header = message.header
         if header["kind"] == "interrupt":
             self._runtime.interrupt()
+            protocol.send(self._channel, {"kind": "replied"}, [])
         elif header["kind"] == "collect":
             found = self._collect(header["paths"], header["pack"], header["bytes"])
             protocol.send(self._channel, {"kind": "replied"}, [found])

@@ -105,7 +105,7 @@ class Sandbox:
         finally:
             self._running = False
             if self._reply is not None and not self._reply.done():
-                self._reply.set_exception(SandboxFailedError("the process has ended before its files were reached"))
+                self._reply.set_exception(SandboxFailedError("the process has ended before it was reached"))
 
     def close(self) -> None:
         """Closes the sandbox and removes its folder."""
@@ -130,9 +130,9 @@ class Sandbox:
         if self._running:
             send(self.channel, {"kind": "stop"}, [])
 
-    def interrupt(self) -> None:
-        """Sends SIGINT to the process that runs now."""
-        send(self.channel, {"kind": "interrupt"}, [])
+    async def interrupt(self) -> None:
+        """Sends SIGINT to the processes that run now; errors as for `ask`."""
+        (await self.ask({"kind": "interrupt"}, [], _ANSWER_S)).close()
 
     async def collect(self, paths: list[str], most_bytes: int, pack: Sequence[str] = ()) -> Archive:
         """Returns files of the process that runs now, those of folders as tars; errors as for `ask`."""
@@ -144,19 +144,19 @@ class Sandbox:
             message.close()
 
     async def ask(self, header: dict[str, Any], descriptors: list[int], timeout_s: float) -> Message:
-        """Returns the answer about the files of the process that runs now, whose descriptors the caller closes.
+        """Returns the answer about the process that runs now, whose descriptors the caller closes; one at a time.
 
         Raises SandboxFailedError when the process ends first, or no answer comes in time.
         """
         if not self._running:
-            raise SandboxFailedError("no process runs whose files could be reached")
+            raise SandboxFailedError("no process runs that could be reached")
         send(self.channel, header, descriptors)
         self._reply = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._reply
         except TimeoutError as error:
-            raise SandboxFailedError(f"the files of {self.slot.name} are not reached in {timeout_s:g} s") from error
+            raise SandboxFailedError(f"{self.slot.name} does not answer in {timeout_s:g} s") from error
         finally:
             self._reply = None
 

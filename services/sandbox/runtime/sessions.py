@@ -24,7 +24,7 @@ from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.kit.tasks import finish
 from services.kit.telemetry import get_logger
 from services.sandbox.agent.archive import encode_archive
-from services.sandbox.agent.cells import REPLIED
+from services.sandbox.agent.cells import BEGAN, REPLIED
 from services.sandbox.agent.protocol import Limits
 from services.sandbox.agent.unpack import UNPACK_S
 from services.sandbox.runtime import metrics
@@ -39,16 +39,17 @@ _MOST_FORGED = 1000
 _PIECE_BYTES = 1 << 16
 
 
-async def receive_reply(channel: socket.socket, number: int) -> None:
-    """Waits for the interpreter's message that a cell has ended; raises SandboxFailedError when the interpreter ends.
+async def await_message(channel: socket.socket, expected: bytes) -> None:
+    """Waits for a message of the interpreter, such as that a cell has ended.
 
-    Cells share the interpreter and may forge messages: nothing but the number of the cell is read.
+    Cells share the interpreter and may forge messages: others are passed over. Raises SandboxFailedError when the
+    interpreter ends.
     """
     for _ in range(_MOST_FORGED):
         message = await receive_packet(channel)
         for descriptor in message.descriptors:
             os.close(descriptor)
-        if message.data == REPLIED % number:
+        if message.data == expected:
             return
     raise SandboxFailedError("the cells of the session sent more than 1,000 forged messages")
 
@@ -140,6 +141,8 @@ class Session:
         self._lock = asyncio.Lock()
         self._cells: set[asyncio.Task[pb.RunCellResponse]] = set()
         self._running: asyncio.Task[Any] | None = None
+        self._begun = self._interrupted = False  # of the running cell
+        self._interrupting = asyncio.Lock()
         self._ready: asyncio.Future[LoadedProgram] = asyncio.get_running_loop().create_future()
         self._ended = asyncio.Event()
         self._end_reason = ""
@@ -238,10 +241,12 @@ class Session:
             raise
 
     async def interrupt(self) -> None:
-        """Interrupts the running cell, which then ends by itself or by its limit."""
-        if self._running is not None:
-            with contextlib.suppress(SandboxFailedError):  # the session has ended, and with it the cell
-                (await self._ready).sandbox.interrupt()
+        """Interrupts the running cell, as soon as it has begun; it then ends by itself or by its limit."""
+        self._interrupted = True
+        async with self._interrupting:
+            if self._begun:
+                with contextlib.suppress(SandboxFailedError):  # the session ends, and with it the cell
+                    await (await self._ready).sandbox.interrupt()
 
     async def restart(self, context: str) -> None:
         """Starts an interpreter anew once the running cell, which is interrupted, and those that wait have ended.
@@ -262,6 +267,7 @@ class Session:
                     f"session {self.id!r} ended before the cell began: {self._end_reason or 'it was closed'}"
                 )
             self._running = asyncio.current_task()
+            self._begun = self._interrupted = False
             try:
                 return await self._run(cell, on_output)
             finally:
@@ -294,7 +300,7 @@ class Session:
                 started, cpu_ns = time.monotonic(), self._cpu_ns()
                 send(self._ours, {"kind": "cell", "context": cell.context}, [job, stdout, stderr, reply])
                 wall_ms = cell.wall_ms or limits.wall_ms
-                status, reason = await self._await_reply(loaded, wall_ms, cpu_ns, report)
+                status, reason = await self._await_reply(wall_ms, cpu_ns, report)
             except SandboxFailedError as error:
                 status, reason = await self._explain_end(error)
             wall_ms = math.ceil((time.monotonic() - started) * 1000)
@@ -350,11 +356,11 @@ class Session:
             raise InvalidArgumentError.for_field(field, message.header["reason"])
 
     async def _await_reply(
-        self, loaded: LoadedProgram, wall_ms: int, cpu_ns: int, report: Callable[[], None]
+        self, wall_ms: int, cpu_ns: int, report: Callable[[], None]
     ) -> tuple[pb.Status.ValueType, str]:
         """Waits for the end of a cell; one that passes a limit is interrupted, and its session ended if that fails."""
         limits = self._program.limits
-        receiving = asyncio.create_task(receive_reply(self._ours, self._number))
+        receiving = asyncio.create_task(self._await_end())
         ending = asyncio.create_task(self._ended.wait())
         deadline = time.monotonic() + wall_ms / 1000
         try:
@@ -374,7 +380,7 @@ class Session:
                     reason = f"CPU limit of {limits.cpu_ms} ms"
                 else:
                     continue
-                loaded.sandbox.interrupt()
+                await self.interrupt()
                 await asyncio.wait([receiving], timeout=_INTERRUPT_S)
                 if not receiving.done():
                     await self.close()
@@ -388,6 +394,16 @@ class Session:
             for task in (receiving, ending):
                 task.cancel()
             await asyncio.gather(receiving, ending, return_exceptions=True)
+            async with self._interrupting:  # a signal on its way is not the next cell's
+                self._begun = False
+
+    async def _await_end(self) -> None:
+        """Waits until the interpreter has begun and ended the running cell; hands on what interrupted it before."""
+        await await_message(self._ours, BEGAN % self._number)
+        self._begun = True
+        if self._interrupted:
+            await self.interrupt()
+        await await_message(self._ours, REPLIED % self._number)
 
     async def _explain_end(self, error: SandboxFailedError) -> tuple[pb.Status.ValueType, str]:
         """Returns status and reason of a cell during which the session ended; `error` is what was seen of the end."""
