@@ -197,9 +197,10 @@ ENDINGS = {
 async def test_a_program_that_says_it_ends_is_ended(fronts: Fronts, attack: str) -> None:
     source, stdout = ENDINGS[attack]
     request = pb.ExecuteRequest(language="python", source=source.encode(), limits=LIMITS, output_files=["f"])
-    response = await fronts.grpc.execute(request)
-    assert (response.status, response.exit_code) == (pb.STATUS_OK, 0), response
-    assert stdout is None or response.stdout == stdout
+    for _ in range(5):  # its end by itself comes in some of them before it is ended
+        response = await fronts.grpc.execute(request)
+        assert (response.status, response.exit_code) == (pb.STATUS_OK, 0), response
+        assert stdout is None or response.stdout == stdout
     await assert_serves(fronts.grpc)
 
 

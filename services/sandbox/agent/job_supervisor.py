@@ -108,6 +108,7 @@ class Isolated(Program):
         super().__init__(pid, channel)
         self._init = init
         self._ending = ending
+        self._reported: int | None = None
         self.preparation = preparation
         self.baseline_bytes = held_bytes
 
@@ -157,11 +158,13 @@ class Isolated(Program):
 
     def read_events(self) -> bool:
         """Returns whether the program says that it ends; it may say what is not so, as it may end at any time."""
-        return self._ending[0] != 0
+        if self._reported is None and self._ending[0]:
+            self._reported = self._ending[1]  # now: once its outputs are closed, one that goes on ends by that
+        return self._reported is not None
 
     def exit_status(self, status: int | None, stopped: bool) -> int:
         """Returns the status, without one that which the program has reported; raises as its base."""
-        return super().exit_status(self._ending[1] << 8 if status is None else status, stopped)
+        return super().exit_status((self._reported or 0) << 8 if status is None else status, stopped)
 
     def _kill(self) -> None:
         """Ends the init, and with it, by the kernel's rule for PID 1, everything in the namespace."""
