@@ -50,13 +50,13 @@ class ImagesConfig(Model):
 
 
 class OffloadConfig(Model):
-    """Files in which finished trajectories wait for their training, instead of in Redis."""
+    """Files in which tokens of long trajectories wait for the next segment or for training, instead of in Redis."""
 
     location: str | None = None
     """Folder or URL such as s3://bucket/folder that takes them; without it all tokens stay in Redis. It belongs to one
     Redis, and every replica of the buffer sees it under this name."""
     min_tokens: int = Field(32768, ge=1)
-    """Response tokens from which on a finished trajectory is moved; what is under way is in Redis."""
+    """Tokens of a trajectory in Redis from which on they are moved at the end of a segment."""
     retired_s: int = Field(86_400, ge=0)
     """Seconds that the file of a consumed trajectory is kept, so that a snapshot of Redis which names it can be
     restored."""
@@ -96,6 +96,6 @@ class BufferConfig(ServiceConfig):
     images: ImagesConfig = ImagesConfig()
     """Images of a run's prompts."""
     offload: OffloadConfig = OffloadConfig()
-    """Files for finished trajectories."""
+    """Files for the tokens of long trajectories."""
     limits: LimitsConfig = LimitsConfig()
     """Bounds of one request."""

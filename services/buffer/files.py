@@ -1,9 +1,10 @@
-"""Finished trajectories in files: moved there from Redis, read in ranges, deleted once nothing refers to them.
+"""Long trajectories in files: moved there from Redis, read in ranges, deleted once nothing refers to them.
 
 A file's name is in Redis before there is a file, the file is whole before a trajectory refers to it, and the tokens
 leave Redis in the change that makes it refer to the file. So whatever is killed when, the tokens are in one of the two,
-and the sweep finds every file that nothing refers to. A file holds the tokens, the log-probabilities and the expert
-choices of a trajectory, each packed and one after the other.
+and the sweep finds every file that nothing refers to. A file holds tokens that follow each other in a trajectory, their
+log-probabilities and their expert choices, each packed and one after the other; a trajectory refers to its files in
+order, as text: `name:stop,name:stop` names the file of the tokens up to each response offset.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
@@ -49,26 +50,32 @@ FILE_BYTES = Counter("perigee_buffer_file_bytes_total", "Bytes of trajectories m
 
 
 @dataclass(frozen=True)
-class FileRange:
-    """Tokens of a file that are read: `tokens` from `offset` on, of `file_tokens`."""
+class TokenFile:
+    """File of the tokens from `first` up to `stop` of a trajectory."""
 
-    file_tokens: int
-    offset: int
-    tokens: int
-    with_logprobs: bool
-    # Bytes of a token's expert choices, 0 to leave them out.
-    expert_bytes: int
+    name: str
+    first: int
+    stop: int
 
-    @property
-    def ranges(self) -> list[tuple[int, int]]:
-        """Offsets and sizes of tokens, log-probabilities and expert choices in the file, in bytes."""
-        items, size = self.file_tokens * ITEM_BYTES, self.tokens * ITEM_BYTES
-        begin = self.offset * ITEM_BYTES
-        return [
-            (begin, size),
-            (items + begin, size if self.with_logprobs else 0),
-            (2 * items + self.offset * self.expert_bytes, self.tokens * self.expert_bytes),
-        ]
+    def find_ranges(
+        self, first: int, stop: int, *, with_logprobs: bool, expert_bytes: int
+    ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """Returns offsets and sizes of tokens, log-probabilities and expert choices of tokens, in bytes of the file."""
+        items, begin, size = (self.stop - self.first) * ITEM_BYTES, first - self.first, stop - first
+        return (
+            (begin * ITEM_BYTES, size * ITEM_BYTES),
+            (items + begin * ITEM_BYTES, size * ITEM_BYTES if with_logprobs else 0),
+            (2 * items + begin * expert_bytes, size * expert_bytes),
+        )
+
+
+def unpack_files(files: str) -> list[TokenFile]:
+    """Returns the files that a trajectory refers to, in order."""
+    found: list[TokenFile] = []
+    for each in files.split(",") if files else ():
+        name, _, stop = each.rpartition(":")
+        found.append(TokenFile(name, found[-1].stop if found else 0, int(stop)))
+    return found
 
 
 def folder_of(location: str, run_id: str) -> str:
@@ -77,15 +84,14 @@ def folder_of(location: str, run_id: str) -> str:
     return join(location, f"{readable}-{hashlib.sha256(run_id.encode()).hexdigest()[:16]}")
 
 
-def read_file_ranges(config: OffloadConfig, run_id: str, name: str, wanted: FileRange) -> tuple[bytes, bytes, bytes]:
-    """Returns packed tokens, log-probabilities and expert choices of a file, empty where they are not wanted.
+def read_file_ranges(config: OffloadConfig, run_id: str, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Returns ranges of a file, given as offsets and sizes.
 
     Raises DataLossError when the file is not there or too short, FailedPreconditionError without a location.
     """
     if config.location is None:
         raise FailedPreconditionError(f"{FIELD} is not set, and trajectories of run {run_id!r} are in files there")
     path = join(folder_of(config.location, run_id), name)
-    ranges = wanted.ranges
     found = read_ranges(path, FIELD, [each for each in ranges if each[1]])
     if found is None or [len(part) for part in found] != [size for _, size in ranges if size]:
         raise DataLossError(
@@ -93,12 +99,11 @@ def read_file_ranges(config: OffloadConfig, run_id: str, name: str, wanted: File
             f"{run_id!r}: bring the folder back as it was when redis was saved"
         )
     parts = iter(found)
-    tokens, logprobs, experts = (next(parts) if size else b"" for _, size in ranges)
-    return tokens, logprobs, experts
+    return [next(parts) if size else b"" for _, size in ranges]
 
 
 class Mover:
-    """Moves the finished trajectories of the runs that `note` names, and deletes files that nothing refers to."""
+    """Moves tokens of long trajectories of the runs that `note` names, and deletes files that nothing refers to."""
 
     def __init__(self, scripts: ScriptRunner, config: OffloadConfig) -> None:
         assert config.location is not None
@@ -157,14 +162,14 @@ class Mover:
             )
             if not taken:
                 return
-            trajectory_id, tokens, expert_bytes = taken[0].decode(), int(taken[1]), int(taken[2])
+            trajectory_id, first, stop, expert_bytes = taken[0].decode(), *map(int, taken[1:])
             try:
-                await self._move(run_id, trajectory_id, name, tokens, expert_bytes)
+                await self._move(run_id, trajectory_id, TokenFile(name, first, stop), expert_bytes)
             except AbortedError:
                 continue  # its group was consumed meanwhile: the name is swept
             except PerigeeError:
                 with suppress(PerigeeError):  # then it waits until the move is taken for abandoned
-                    await self._scripts.run(FINISH_MOVE, run_id, name, trajectory_id, "")
+                    await self._scripts.run(FINISH_MOVE, run_id, name, trajectory_id, first, "", 0)
                 raise
 
     async def sweep(self, run_id: str, *, with_unknown: bool = False) -> None:
@@ -198,33 +203,35 @@ class Mover:
             log.warning("runs cannot be listed", reason=error.message)
             return set()
 
-    async def _move(self, run_id: str, trajectory_id: str, name: str, tokens: int, expert_bytes: int) -> None:
-        """Writes a trajectory's file and has the trajectory refer to it."""
-        path = join(folder_of(self._location, run_id), name)
+    async def _move(self, run_id: str, trajectory_id: str, moved: TokenFile, expert_bytes: int) -> None:
+        """Writes a file of a trajectory's tokens and has the trajectory refer to it."""
+        path = join(folder_of(self._location, run_id), moved.name)
         file = await finish(asyncio.to_thread(StagedFile, path, FIELD))
         try:
-            async with aclosing(self._read(run_id, trajectory_id, tokens, expert_bytes)) as blocks:
+            async with aclosing(self._read(run_id, trajectory_id, moved, expert_bytes)) as blocks:
                 async for block in blocks:
                     await finish(asyncio.to_thread(file.write, block))
             await finish(asyncio.to_thread(file.publish))
         finally:
             await finish(asyncio.to_thread(file.discard))
-        _, moved = await self._scripts.run(FINISH_MOVE, run_id, name, trajectory_id, tokens)
-        FILES.labels("written" if moved else "abandoned").inc()
-        FILE_BYTES.inc(tokens * (2 * ITEM_BYTES + expert_bytes) if moved else 0)
+        _, done = await self._scripts.run(
+            FINISH_MOVE, run_id, moved.name, trajectory_id, moved.first, moved.stop, self._config.min_tokens
+        )
+        FILES.labels("written" if done else "abandoned").inc()
+        FILE_BYTES.inc((moved.stop - moved.first) * (2 * ITEM_BYTES + expert_bytes) if done else 0)
 
     async def _read(
-        self, run_id: str, trajectory_id: str, tokens: int, expert_bytes: int
+        self, run_id: str, trajectory_id: str, moved: TokenFile, expert_bytes: int
     ) -> AsyncGenerator[bytes, None]:
-        """Yields what a file holds; raises AbortedError when the trajectory is consumed meanwhile."""
+        """Yields what a file holds; raises AbortedError when the tokens are consumed or moved meanwhile."""
         for part in (0, 1, 2):
             step = BLOCK_BYTES // max(1, expert_bytes if part == 2 else ITEM_BYTES)
-            for first in range(0, tokens if part < 2 or expert_bytes else 0, step):
-                last = min(first + step, tokens)
-                span: Arguments = [trajectory_id, first * ITEM_BYTES, last * ITEM_BYTES - 1]
-                _, *parts = await self._scripts.run(
-                    READ_TOKENS, run_id, int(part == 1), *span, expert_bytes if part == 2 else 0
-                )
-                if len(parts[part]) != (last - first) * (expert_bytes if part == 2 else ITEM_BYTES):
-                    raise AbortedError(f"trajectory {trajectory_id!r} was consumed while it was moved")
+            for first in range(moved.first, moved.stop if part < 2 or expert_bytes else moved.first, step):
+                stop = min(first + step, moved.stop)
+                span: Arguments = [trajectory_id, first, stop, expert_bytes if part == 2 else 0]
+                _, *parts = await self._scripts.run(READ_TOKENS, run_id, int(part == 1), *span)
+                if len(parts[part]) != (stop - first) * (expert_bytes if part == 2 else ITEM_BYTES):
+                    raise AbortedError(
+                        f"trajectory {trajectory_id!r} was consumed, or moved by another, while it was moved"
+                    )
                 yield parts[part]

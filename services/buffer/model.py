@@ -7,10 +7,10 @@ All keys of a run share the hash tag `{run}`, so one change of many keys is one 
     perigee:{R}:group:G         hash: prompt id, iteration, packed prompt tokens, trajectory ids as JSON, digests of
                                 images
     perigee:{R}:trajectory:T    hash: group, epoch, worker, token count, end reason, versions, verdict, reward, bytes
-                                of a token's expert choices, name of the file where the tokens are in one
-    perigee:{R}:tokens:T        string: response tokens, packed
+                                of a token's expert choices, files that hold its first tokens
+    perigee:{R}:tokens:T        string: response tokens that are in no file, packed; the next two are of the same
     perigee:{R}:logprobs:T      string: log-probabilities, packed
-    perigee:{R}:experts:T       string: expert choices of all tokens, packed; missing where none are recorded
+    perigee:{R}:experts:T       string: expert choices, packed; missing where none are recorded
     perigee:{R}:consumed        sorted set: ids of the groups that the last iterations consumed, by iteration
     perigee:{R}:prompts         sorted set: ids of the prompts that have statistics, in lexical order
     perigee:{R}:statistics      hash: prompt id -> `trajectories correct`
@@ -19,8 +19,8 @@ All keys of a run share the hash tag `{run}`, so one change of many keys is one 
     perigee:{R}:arriving        hash: digest of an image that is not whole -> `bytes serial`
     perigee:{R}:references      hash: digest -> how often groups name the image
     perigee:{R}:unreferenced    sorted set: digests by the time up to which they are kept without a group
-    perigee:{R}:unmoved         sorted set: ids of trajectories that are to be moved to files, by the time up to which
-                                somebody is at it
+    perigee:{R}:unmoved         sorted set: ids of trajectories with tokens to be moved to files, by the time up to
+                                which somebody is at it
     perigee:{R}:files           hash: name of a file -> writing, held (by a trajectory), retired, unknown or deleted
     perigee:{R}:unreferenced_files
                                 sorted set: names by the time up to which they are kept without a trajectory
@@ -46,7 +46,7 @@ from perigee.buffer.packing import ITEM_BYTES, count_tokens
 from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.errors import AbortedError, AlreadyExistsError, DataLossError, NotFoundError
 from services.buffer.config import OffloadConfig
-from services.buffer.files import READ_TOKENS, FileRange, read_file_ranges
+from services.buffer.files import READ_TOKENS, TokenFile, read_file_ranges, unpack_files
 from services.buffer.images import sweep_images
 from services.buffer.scripts import Arguments, Durability, ScriptRunner, load_script
 
@@ -86,14 +86,24 @@ class Piece:
     tokens: int
     # Bytes of a token's expert choices, 0 without them.
     expert_bytes: int
-    # Name of the trajectory's file, empty while its tokens are in Redis, and what the file holds.
-    file: str
-    file_tokens: int
+    # Those of the trajectory, which hold its first tokens; the others are in Redis.
+    files: list[TokenFile]
 
     @property
     def bytes(self) -> int:
         """Bytes of its tokens and expert choices."""
         return self.tokens * (ITEM_BYTES + self.expert_bytes)
+
+    @property
+    def stop(self) -> int:
+        """Response offset after its last token."""
+        return self.message.offset + self.tokens
+
+    @property
+    def first_stored(self) -> int:
+        """Response offset of its first token that is in Redis, or its stop."""
+        moved = self.files[-1].stop if self.files else 0
+        return min(max(self.message.offset, moved), self.stop)
 
 
 async def create_run(scripts: ScriptRunner, request: pb.CreateRunRequest) -> pb.CreateRunResponse:
@@ -245,7 +255,8 @@ async def append_chunks(
 ) -> list[pb.AppendOutcome.ValueType]:
     """Appends chunks; returns the outcome of each, in order.
 
-    A trajectory that ends with at least `moved_tokens` tokens waits for its move to a file; none does at 0.
+    A trajectory with at least `moved_tokens` tokens in Redis at the end of a segment waits for their move to a file;
+    none does at 0.
     """
     arguments: Arguments = [moved_tokens]
     for chunk in chunks:
@@ -333,10 +344,10 @@ def _make_pieces(
 ) -> Iterator[Piece]:
     """Yields the pieces of trajectories, one of each at least, before their tokens are read."""
     ends = list(accumulate(heads.prompt_sizes))
-    for trajectory_id, (prompt, tokens_text, epoch, ending, versions, choices, file) in zip(
+    for trajectory_id, (prompt, tokens_text, epoch, ending, versions, choices, held) in zip(
         trajectory_ids, heads.rows, strict=True
     ):
-        tokens, expert_bytes = int(tokens_text), int(choices) if with_experts else 0
+        tokens, expert_bytes, files = int(tokens_text), int(choices) if with_experts else 0, unpack_files(held)
         step = min(piece_tokens, max(1, PIECE_BYTES // (2 * ITEM_BYTES + expert_bytes)))
         for first in range(0, max(tokens, 1), step):
             last = min(first + step, tokens)
@@ -351,7 +362,7 @@ def _make_pieces(
             if first == 0:
                 message.prompt_token_ids = heads.prompts[ends[prompt] - heads.prompt_sizes[prompt] : ends[prompt]]
                 message.image_digests.extend(heads.images[prompt].split())
-            yield Piece(message, last - first, expert_bytes, file, tokens)
+            yield Piece(message, last - first, expert_bytes, files)
 
 
 def _batch(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -372,33 +383,32 @@ async def _read_batch(
     scripts: ScriptRunner, run_id: str, batch: Sequence[Piece], with_logprobs: bool, offload: OffloadConfig
 ) -> None:
     """Fills in the tokens of pieces, from Redis together, from files one by one."""
-    stored = [piece for piece in batch if piece.tokens and not piece.file]
+    stored = [piece for piece in batch if piece.first_stored < piece.stop]
     while stored and not await _read_stored(scripts, run_id, stored, with_logprobs):
-        # One was moved to its file meanwhile, or is gone with its group; others may be moved in the next moment.
+        # Some were moved to a file meanwhile, or are gone with their group; others may be moved in the next moment.
+        before = [piece.first_stored for piece in stored]
         await _find_files(scripts, run_id, stored)
-        left = [piece for piece in stored if not piece.file]
-        if len(left) == len(stored):
+        if [piece.first_stored for piece in stored] == before:
             raise AbortedError(f"a trajectory of run {run_id!r} was consumed while it was read")
-        stored = left
+        stored = [piece for piece in stored if piece.first_stored < piece.stop]
     for piece in batch:
-        if piece.tokens and piece.file:
-            await _read_from_file(scripts, run_id, piece, with_logprobs, offload)
+        if piece.message.offset < piece.first_stored:
+            await _read_from_files(scripts, run_id, piece, with_logprobs, offload)
 
 
 async def _read_stored(scripts: ScriptRunner, run_id: str, batch: Sequence[Piece], with_logprobs: bool) -> bool:
-    """Fills in the tokens of pieces that are in Redis; returns whether all of them were there."""
+    """Fills in those tokens of pieces that are in Redis; returns whether all of them were there."""
     arguments: Arguments = [int(with_logprobs)]
     for piece in batch:
-        begin = piece.message.offset * ITEM_BYTES
-        end = begin + piece.tokens * ITEM_BYTES - 1
-        arguments += (piece.message.trajectory_id, begin, end, piece.expert_bytes)
+        arguments += (piece.message.trajectory_id, piece.first_stored, piece.stop, piece.expert_bytes)
     _, token_ids, logprobs, experts = await scripts.run(READ_TOKENS, run_id, *arguments)
-    sizes = sum(piece.tokens for piece in batch) * ITEM_BYTES, sum(piece.tokens * piece.expert_bytes for piece in batch)
-    if (len(token_ids), len(experts)) != sizes:
+    counts = [piece.stop - piece.first_stored for piece in batch]
+    sizes = [count * piece.expert_bytes for count, piece in zip(counts, batch, strict=True)]
+    if (len(token_ids), len(experts)) != (sum(counts) * ITEM_BYTES, sum(sizes)):
         return False
     start = expert_start = 0
-    for piece in batch:
-        end, expert_end = start + piece.tokens * ITEM_BYTES, expert_start + piece.tokens * piece.expert_bytes
+    for piece, count, size in zip(batch, counts, sizes, strict=True):
+        end, expert_end = start + count * ITEM_BYTES, expert_start + size
         piece.message.token_ids, piece.message.logprobs = token_ids[start:end], logprobs[start:end]
         piece.message.experts = experts[expert_start:expert_end]
         start, expert_start = end, expert_end
@@ -406,32 +416,36 @@ async def _read_stored(scripts: ScriptRunner, run_id: str, batch: Sequence[Piece
 
 
 async def _find_files(scripts: ScriptRunner, run_id: str, batch: Sequence[Piece]) -> None:
-    """Looks up again in which files the tokens of pieces are; raises AbortedError when a trajectory is gone."""
+    """Looks up again which files the trajectories of pieces have; raises AbortedError when a trajectory is gone."""
     ids = list(dict.fromkeys(piece.message.trajectory_id for piece in batch))
     try:
         heads = await _read_heads(scripts, run_id, ids)
     except NotFoundError as error:
         raise AbortedError(f"a trajectory of run {run_id!r} was consumed while it was read") from error
-    files = {trajectory_id: row[-1] for trajectory_id, row in zip(ids, heads.rows, strict=True)}
+    files = {trajectory_id: unpack_files(row[-1]) for trajectory_id, row in zip(ids, heads.rows, strict=True)}
     for piece in batch:
-        piece.file = files[piece.message.trajectory_id]
+        piece.files = files[piece.message.trajectory_id]
 
 
-async def _read_from_file(
+async def _read_from_files(
     scripts: ScriptRunner, run_id: str, piece: Piece, with_logprobs: bool, offload: OffloadConfig
 ) -> None:
-    """Fills in the tokens of a piece that is in a file.
+    """Puts those tokens of a piece that are in files before the others.
 
     Raises AbortedError when its group was consumed, DataLossError when it was not.
     """
-    message, tokens = piece.message, piece.tokens
-    whole = FileRange(piece.file_tokens, message.offset, tokens, with_logprobs, piece.expert_bytes)
-    try:
-        parts = await asyncio.to_thread(read_file_ranges, offload, run_id, piece.file, whole)
-    except DataLossError:
-        await _find_files(scripts, run_id, [piece])
-        raise
-    message.token_ids, message.logprobs, message.experts = parts
+    message, parts = piece.message, []
+    for file in piece.files:
+        first, stop = max(file.first, message.offset), min(file.stop, piece.stop)
+        if first < stop:
+            ranges = file.find_ranges(first, stop, with_logprobs=with_logprobs, expert_bytes=piece.expert_bytes)
+            try:
+                parts.append(await asyncio.to_thread(read_file_ranges, offload, run_id, file.name, ranges))
+            except DataLossError:
+                await _find_files(scripts, run_id, [piece])
+                raise
+    parts.append([message.token_ids, message.logprobs, message.experts])
+    message.token_ids, message.logprobs, message.experts = (b"".join(each) for each in zip(*parts, strict=True))
 
 
 def _read_run_state(run_id: str, fields: Sequence[Any]) -> pb.RunState:

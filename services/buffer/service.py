@@ -8,7 +8,6 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 
 import grpc
 
-from perigee.buffer.client import UNFINISHED
 from perigee.buffer.packing import count_tokens
 from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.buffer.v1.buffer_pb2_grpc import BufferServiceServicer, add_BufferServiceServicer_to_server
@@ -88,7 +87,7 @@ class BufferService(BufferServiceServicer):
         moved_tokens = self._config.offload.min_tokens if self._mover is not None else 0
         outcomes = await model.append_chunks(self._scripts, request.run_id, request.chunks, moved_tokens)
         if self._mover is not None and any(
-            chunk.end_reason not in UNFINISHED and chunk.offset + count_tokens(chunk.token_ids) >= moved_tokens
+            chunk.end_reason and chunk.offset + count_tokens(chunk.token_ids) >= moved_tokens
             for chunk in request.chunks
         ):
             self._mover.note(request.run_id)

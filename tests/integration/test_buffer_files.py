@@ -1,10 +1,11 @@
-"""Finished trajectories in files: moved, read, deleted, and what a front that was killed in between leaves."""
+"""Long trajectories in files: moved, read, deleted, and what a front that was killed in between leaves."""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
 import itertools
+import random
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.errors import AbortedError, DataLossError, FailedPreconditionError, NotFoundError, ResourceExhaustedError
 from services.buffer import model
 from services.buffer.config import BufferConfig, LocalServerConfig, OffloadConfig
-from services.buffer.files import BEGIN_MOVE, FINISH_MOVE, READ_TOKENS, Mover, folder_of
+from services.buffer.files import BEGIN_MOVE, FINISH_MOVE, READ_TOKENS, Mover, TokenFile, folder_of
 from services.buffer.local_server import local_server
 from services.buffer.nodes import Nodes
 from services.buffer.scripts import Script, ScriptRunner
@@ -127,13 +128,13 @@ async def commit(store: Store, run_id: str) -> None:
 
 
 async def test_long_finished_trajectories_move_and_are_read_as_before(store: Store, idle: None) -> None:
-    ids = ["long", "at limit", "short", "partial"]
+    ids = ["long", "at limit", "short", "under way"]
     run_id = await begin_run(store, ids)
     chunks = [
         last_chunk("long", 23),
         last_chunk("at limit", MIN_TOKENS, pb.END_REASON_MAX_RESPONSE_TOKENS),
         last_chunk("short", MIN_TOKENS - 1),
-        last_chunk("partial", 23, pb.END_REASON_BUDGET),
+        last_chunk("under way", 23, pb.END_REASON_UNSPECIFIED),
     ]
     assert await append(store, run_id, *chunks) == [pb.APPEND_OUTCOME_APPENDED] * 4
     before = await read(store, run_id, *ids)
@@ -154,6 +155,61 @@ async def test_long_finished_trajectories_move_and_are_read_as_before(store: Sto
     assert store.files(run_id) == []
     with pytest.raises(NotFoundError):
         await read(store, run_id, "long")
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_segments_move_one_after_the_other(store: Store, idle: None, seed: int) -> None:
+    """Random segments in random chunks, moved, read and sent again at any time, are read as they were written."""
+    chosen = random.Random(seed)
+    run_id, epoch, whole = await begin_run(store, ["t"]), 1, last_chunk("t", 200)
+    tokens = moved = 0
+    with_experts = chosen.random() < 0.7
+
+    def chunk_of(first: int, stop: int, end: pb.EndReason.ValueType = pb.END_REASON_UNSPECIFIED) -> pb.Chunk:
+        return pb.Chunk(
+            trajectory_id="t",
+            epoch=epoch,
+            offset=first,
+            token_ids=whole.token_ids[first * 4 : stop * 4],
+            logprobs=whole.logprobs[first * 4 : stop * 4],
+            experts=whole.experts[first * EXPERT_BYTES : stop * EXPERT_BYTES] if with_experts else b"",
+            versions=[pb.VersionSpan(policy_version=7, tokens=stop - first)],
+            end_reason=end,
+        )
+
+    while tokens < 150:
+        ends = chosen.random() < 0.4
+        first, tokens = tokens, tokens + chosen.randrange(1, 12)
+        sent = chunk_of(first, tokens, pb.END_REASON_BUDGET if ends else pb.END_REASON_UNSPECIFIED)
+        assert await append(store, run_id, sent) == [pb.APPEND_OUTCOME_APPENDED]
+        if chosen.random() < 0.5:
+            await store.mover.move_all(run_id)
+        again = chosen.randrange(tokens)
+        assert await append(store, run_id, chunk_of(again, tokens)) == [pb.APPEND_OUTCOME_DUPLICATE]
+        if ends:
+            lease = pb.LeaseTrajectoriesRequest(run_id=run_id, worker_id="w", trajectory_ids=["t"])
+            [leased] = (await store.client.lease_trajectories(lease)).leases
+            epoch, moved = leased.epoch, tokens
+        if chosen.random() < 0.2:
+            await store.mover.move_all(run_id)
+        [found] = await read(store, run_id, "t")
+        assert found.token_ids == whole.token_ids[: tokens * 4]
+        assert found.logprobs == whole.logprobs[: tokens * 4]
+        assert found.experts == (whole.experts[: tokens * EXPERT_BYTES] if with_experts else b"")
+    await store.mover.move_all(run_id)
+    held = await store.redis.strlen(f"perigee:{{{run_id}}}:tokens:t")
+    assert held < (MIN_TOKENS + tokens - moved) * 4
+    files = store.files(run_id)
+    assert len(files) > 1
+    wrong = chunk_of(0, tokens)
+    wrong.token_ids = wrong.token_ids[:-4] + pack_token_ids([9])
+    if held:
+        assert await append(store, run_id, wrong) == [pb.APPEND_OUTCOME_CONFLICT]
+    await store.mover.sweep(run_id, with_unknown=True)
+    assert store.files(run_id) == files
+    await commit(store, run_id)
+    await store.mover.sweep(run_id, with_unknown=True)
+    assert store.files(run_id) == []
 
 
 async def check_a_front_alone(data_path: Path, offload: OffloadConfig) -> None:
@@ -232,7 +288,7 @@ async def test_a_front_killed_in_a_move_loses_nothing_and_leaves_nothing(store: 
         if stage != "half a file":
             file.publish()
     if stage == "reference":
-        assert (await store.scripts.run(FINISH_MOVE, run_id, "killed", "t", 23))[1] == 1
+        assert (await store.scripts.run(FINISH_MOVE, run_id, "killed", "t", 0, 23, MIN_TOKENS))[1] == 1
     assert len(store.files(run_id)) == (stage != "name")
     assert await read(store, run_id, "t") == before
     # Another front takes the move over when its time is over.
@@ -244,7 +300,7 @@ async def test_a_front_killed_in_a_move_loses_nothing_and_leaves_nothing(store: 
     assert await read(store, run_id, "t") == before
     assert len(store.files(run_id)) == 1
     # The one that was slow and not dead has no say any more.
-    assert (await store.scripts.run(FINISH_MOVE, run_id, "killed", "t", 23))[1] == 0
+    assert (await store.scripts.run(FINISH_MOVE, run_id, "killed", "t", 0, 23, MIN_TOKENS))[1] == 0
     assert await read(store, run_id, "t") == before
 
 
@@ -327,7 +383,7 @@ async def test_trajectories_moved_one_after_the_other_while_they_are_read_are_re
             with monkeypatch.context() as moving:
                 moving.setattr(store.scripts, "run", run)
                 _, trajectory_id, *_ = await run(BEGIN_MOVE, run_id, name := unmoved.pop(0), 60)
-                await store.mover._move(run_id, trajectory_id.decode(), name, 23, EXPERT_BYTES)
+                await store.mover._move(run_id, trajectory_id.decode(), TokenFile(name, 0, 23), EXPERT_BYTES)
         return await run(script, run_id, *arguments, **options)
 
     request = pb.ReadTrajectoriesRequest(run_id=run_id, trajectory_ids=ids)
@@ -344,10 +400,10 @@ async def test_a_group_consumed_in_the_middle_of_a_move_ends_it(store: Store, id
     mover = store.mover
     await store.scripts.run(BEGIN_MOVE, run_id, "late", 1)
     await commit(store, run_id)
-    with pytest.raises(AbortedError, match="consumed while it was moved"):
-        await mover._move(run_id, "t", "late", 23, EXPERT_BYTES)
+    with pytest.raises(AbortedError, match="consumed, or moved"):
+        await mover._move(run_id, "t", TokenFile("late", 0, 23), EXPERT_BYTES)
     assert store.files(run_id) == []
-    assert (await store.scripts.run(FINISH_MOVE, run_id, "late", "t", 23))[1] == 0
+    assert (await store.scripts.run(FINISH_MOVE, run_id, "late", "t", 0, 23, MIN_TOKENS))[1] == 0
 
 
 def cut(path: Path) -> None:

@@ -1,7 +1,7 @@
 #!lua
 -- Appends chunks, each fenced by its lease's epoch and its token offset.
--- KEYS: run. ARGV: tokens from which on a finished trajectory is to be moved to a file, '0' for none; then per chunk:
---   trajectory id, epoch, offset, packed tokens, packed logprobs, versions, end reason, packed expert choices.
+-- KEYS: run. ARGV: tokens in Redis from which on they are to be moved to a file when a segment ends, '0' for never; then
+--   per chunk: trajectory id, epoch, offset, packed tokens, packed logprobs, versions, end reason, packed expert choices.
 -- Versions are 'version:stop,...': the policy version of the tokens up to the response offset `stop`.
 -- Returns {'NO_RUN'} or {'OK', outcomes}, one digit of AppendOutcome per chunk.
 if redis.call('EXISTS', KEYS[1]) == 0 then
@@ -9,7 +9,7 @@ if redis.call('EXISTS', KEYS[1]) == 0 then
 end
 local prefix = string.sub(KEYS[1], 1, -4)
 local APPENDED, DUPLICATE, FENCED, GAP, CONFLICT, UNKNOWN = 1, 2, 3, 4, 5, 6
-local OPEN, BUDGET = '0', '4'
+local OPEN = '0'
 local MOVED_TOKENS = tonumber(ARGV[1])
 
 -- The versions of tokens [first, last), neighbours of one version merged.
@@ -31,12 +31,18 @@ local function clip(versions, first, last)
   return table.concat(pieces, ',')
 end
 
--- Whether the chunk's first `common` tokens differ from the ones held.
-local function differs(id, held_versions, offset, common, tokens, logprobs, versions)
-  local from, to = offset * 4, (offset + common) * 4 - 1
-  return redis.call('GETRANGE', prefix .. 'tokens:' .. id, from, to) ~= string.sub(tokens, 1, common * 4)
-    or redis.call('GETRANGE', prefix .. 'logprobs:' .. id, from, to) ~= string.sub(logprobs, 1, common * 4)
-    or clip(held_versions, offset, offset + common) ~= clip(versions, offset, offset + common)
+-- Whether the chunk's first `common` tokens differ from the ones held. Those before `moved`, in files, are not read
+-- again: the epoch says that the chunk is of the lease that has written them.
+local function differs(id, held_versions, moved, offset, common, tokens, logprobs, versions)
+  local skipped = math.max(moved - offset, 0)
+  local from, to = (offset + skipped - moved) * 4, (offset + common - moved) * 4 - 1
+  if skipped < common
+    and (redis.call('GETRANGE', prefix .. 'tokens:' .. id, from, to) ~= string.sub(tokens, skipped * 4 + 1, common * 4)
+      or redis.call('GETRANGE', prefix .. 'logprobs:' .. id, from, to)
+        ~= string.sub(logprobs, skipped * 4 + 1, common * 4)) then
+    return true
+  end
+  return clip(held_versions, offset, offset + common) ~= clip(versions, offset, offset + common)
 end
 
 -- Keeps the expert choices of all tokens or of none: those after tokens without any, or of another size, are left out,
@@ -54,18 +60,18 @@ end
 
 local function append(id, epoch, offset, tokens, logprobs, versions, ending, experts)
   local key = prefix .. 'trajectory:' .. id
-  local held = redis.call('HMGET', key, 'epoch', 'tokens', 'end', 'versions', 'expert_bytes', 'file')
+  local held = redis.call('HMGET', key, 'epoch', 'tokens', 'end', 'versions', 'expert_bytes', 'files')
   if not held[1] then
     return UNKNOWN
   elseif held[1] ~= epoch then
     return FENCED
   end
   local held_tokens, stop = tonumber(held[2]), offset + #tokens / 4
+  local moved = tonumber(string.match(held[6] or '', ':(%d+)$') or 0)
   local common = math.min(stop, held_tokens) - offset
   if common < 0 then
     return GAP
-  elseif common > 0 and not held[6] and differs(id, held[4], offset, common, tokens, logprobs, versions) then
-    -- Tokens in a file are not read again: the epoch says that the chunk is of the lease that has written them.
+  elseif common > 0 and differs(id, held[4], moved, offset, common, tokens, logprobs, versions) then
     return CONFLICT
   end
   local ends_here = stop == held_tokens and ending ~= OPEN
@@ -81,8 +87,8 @@ local function append(id, epoch, offset, tokens, logprobs, versions, ending, exp
     local added = clip(versions, held_tokens, stop)
     redis.call('HSET', key, 'tokens', string.format('%d', stop), 'end', ending,
       'versions', clip(held[4] .. ',' .. added, 0, stop))
-    if ending ~= OPEN and ending ~= BUDGET and MOVED_TOKENS > 0 and stop >= MOVED_TOKENS then
-      redis.call('ZADD', prefix .. 'unmoved', 0, id)
+    if ending ~= OPEN and MOVED_TOKENS > 0 and stop - moved >= MOVED_TOKENS then
+      redis.call('ZADD', prefix .. 'unmoved', 'NX', 0, id)
     end
     return APPENDED
   elseif ending == OPEN or (ends_here and ending == held[3]) then

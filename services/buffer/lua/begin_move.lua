@@ -1,8 +1,9 @@
 #!lua flags=allow-oom
--- Takes a finished trajectory that is to be moved to a file, and keeps in mind the file's name before there is a file.
+-- Takes a trajectory of which tokens are to be moved to a file, and keeps in mind the file's name before there is a file.
 -- It makes room in the end, and so runs on a full server, too.
 -- KEYS: run. ARGV: file name, seconds after which the move is taken for abandoned.
--- Returns {'NO_RUN'}, {'OK'} when no trajectory waits, or {'OK', id, tokens, bytes of a token's expert choices}.
+-- Returns {'NO_RUN'}, {'OK'} when no trajectory waits, or {'OK', id, first token, tokens held, bytes of a token's expert
+--   choices}: the tokens from the first on are in Redis.
 if redis.call('EXISTS', KEYS[1]) == 0 then
   return {'NO_RUN'}
 end
@@ -16,5 +17,5 @@ end
 redis.call('ZADD', prefix .. 'unmoved', until_s, id)
 redis.call('HSET', prefix .. 'files', ARGV[1], 'writing')
 redis.call('ZADD', prefix .. 'unreferenced_files', until_s, ARGV[1])
-local held = redis.call('HMGET', prefix .. 'trajectory:' .. id, 'tokens', 'expert_bytes')
-return {'OK', id, held[1], held[2] or '0'}
+local held = redis.call('HMGET', prefix .. 'trajectory:' .. id, 'files', 'tokens', 'expert_bytes')
+return {'OK', id, string.match(held[1] or '', ':(%d+)$') or '0', held[2], held[3] or '0'}

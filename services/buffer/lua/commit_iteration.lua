@@ -45,8 +45,7 @@ end
 for i = FIRST_GROUP, FIRST_GROUP - 1 + groups do
   local group = prefix .. 'group:' .. ARGV[i]
   for _, id in ipairs(cjson.decode(redis.call('HGET', group, 'trajectories'))) do
-    local file = redis.call('HGET', prefix .. 'trajectory:' .. id, 'file')
-    if file then
+    for file in string.gmatch(redis.call('HGET', prefix .. 'trajectory:' .. id, 'files') or '', '([^,:]+):') do
       redis.call('HSET', prefix .. 'files', file, 'retired')
       redis.call('ZADD', prefix .. 'unreferenced_files', files_until_s, file)
     end

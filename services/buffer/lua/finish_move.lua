@@ -1,25 +1,46 @@
 #!lua flags=allow-oom
--- Puts a whole file in the place of a trajectory's tokens: one change, or none.
+-- Puts a whole file in the place of tokens of a trajectory: one change, or none. What came after them stays in Redis.
 -- It makes room in the end, and so runs on a full server, too.
--- KEYS: run. ARGV: file name, trajectory id, tokens in the file; '' when it cannot be written, for the next one to try.
--- Returns {'OK', 1}, or {'OK', 0} when the move was taken for abandoned, or the trajectory is consumed or moved already;
+-- KEYS: run. ARGV: file name, trajectory id, first token in the file, the one after its last or '' when it cannot be
+--   written, for the next one to try, tokens in Redis from which on they are to be moved.
+-- Returns {'OK', 1}, or {'OK', 0} when the move was taken for abandoned, or the tokens are consumed or moved already;
 --   then the file is swept.
 local prefix = string.sub(KEYS[1], 1, -4)
-if redis.call('HGET', prefix .. 'files', ARGV[1]) ~= 'writing' then
+local name, id, first, stop, least = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+if redis.call('HGET', prefix .. 'files', name) ~= 'writing' then
   return {'OK', 0}
 end
-local key = prefix .. 'trajectory:' .. ARGV[2]
-local held = redis.call('HMGET', key, 'tokens', 'file')
-if ARGV[3] == '' then
-  redis.call('ZADD', prefix .. 'unmoved', 'XX', 0, ARGV[2])
+local key = prefix .. 'trajectory:' .. id
+local held = redis.call('HMGET', key, 'tokens', 'files', 'expert_bytes')
+if not stop then
+  redis.call('ZADD', prefix .. 'unmoved', 'XX', 0, id)
 end
-if held[1] ~= ARGV[3] or held[2] then
-  redis.call('ZADD', prefix .. 'unreferenced_files', 0, ARGV[1])
+if not stop or not held[1] or tonumber(string.match(held[2] or '', ':(%d+)$') or 0) ~= first then
+  redis.call('ZADD', prefix .. 'unreferenced_files', 0, name)
   return {'OK', 0}
 end
-redis.call('HSET', key, 'file', ARGV[1])
-redis.call('HSET', prefix .. 'files', ARGV[1], 'held')
-redis.call('ZREM', prefix .. 'unreferenced_files', ARGV[1])
-redis.call('ZREM', prefix .. 'unmoved', ARGV[2])
-redis.call('UNLINK', prefix .. 'tokens:' .. ARGV[2], prefix .. 'logprobs:' .. ARGV[2], prefix .. 'experts:' .. ARGV[2])
+
+local function drop(kind, bytes)
+  local string_key = prefix .. kind .. ':' .. id
+  local rest = redis.call('GETRANGE', string_key, (stop - first) * bytes, -1)
+  if rest == '' then
+    redis.call('UNLINK', string_key)
+  else
+    redis.call('SET', string_key, rest)
+  end
+end
+
+redis.call('HSET', key, 'files', (held[2] and held[2] .. ',' or '') .. name .. ':' .. string.format('%d', stop))
+redis.call('HSET', prefix .. 'files', name, 'held')
+redis.call('ZREM', prefix .. 'unreferenced_files', name)
+drop('tokens', 4)
+drop('logprobs', 4)
+if held[3] then
+  drop('experts', tonumber(held[3]))
+end
+if tonumber(held[1]) - stop < least then
+  redis.call('ZREM', prefix .. 'unmoved', id)
+else -- a segment has ended meanwhile, or is about to
+  redis.call('ZADD', prefix .. 'unmoved', 0, id)
+end
 return {'OK', 1}

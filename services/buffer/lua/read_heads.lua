@@ -2,7 +2,7 @@
 -- Reads what is known of trajectories before their tokens, and the prompts of their groups, each prompt once.
 -- KEYS: run. ARGV: trajectory ids.
 -- Returns {'NO_RUN'}, {'UNKNOWN', id} or {'OK', JSON, packed prompts end to end}, JSON:
---   [[[prompt index, tokens, epoch, end reason, versions, bytes of a token's expert choices, file or ''], ...],
+--   [[[prompt index, tokens, epoch, end reason, versions, bytes of a token's expert choices, files or ''], ...],
 --    [bytes of each prompt, ...], [digests of each prompt's images with a blank between, ...]]
 if redis.call('EXISTS', KEYS[1]) == 0 then
   return {'NO_RUN'}
@@ -11,7 +11,7 @@ local prefix = string.sub(KEYS[1], 1, -4)
 local heads, prompts, sizes, images, index_of = {}, {}, {}, {}, {}
 for i = 1, #ARGV do
   local held = redis.call('HMGET', prefix .. 'trajectory:' .. ARGV[i], 'group', 'tokens', 'epoch', 'end', 'versions',
-    'expert_bytes', 'file')
+    'expert_bytes', 'files')
   local group_id = held[1]
   if not group_id then
     return {'UNKNOWN', ARGV[i]}
