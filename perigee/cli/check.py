@@ -110,11 +110,13 @@ def check_layout(model: Any, trainer: Any) -> None:
     from services.trainer.architecture import check_divisible
 
     config, heads = model.text_config, model.positive_integer("num_attention_heads")
+    experts = count_experts(config)
     check_divisible(
         heads=heads,
         query_groups=int(config.get("num_key_value_heads") or heads),
+        feed_forward=0 if experts else model.positive_integer("intermediate_size"),
         vocabulary=model.vocabulary_size,
-        experts=count_experts(config),
+        experts=experts,
         layers=model.positive_integer("num_hidden_layers"),
         tensor=trainer.tensor_parallel,
         context=trainer.context_parallel,

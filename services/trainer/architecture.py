@@ -52,6 +52,7 @@ def check_divisible(
     *,
     heads: int,
     query_groups: int,
+    feed_forward: int,
     vocabulary: int,
     experts: int,
     layers: int,
@@ -60,8 +61,18 @@ def check_divisible(
     pipeline: int,
     expert: int,
 ) -> None:
-    """Raises InvalidArgumentError naming the parallel size that does not divide the model."""
-    for name, size in {"attention heads": heads, "key-value heads": query_groups, "vocabulary": vocabulary}.items():
+    """Raises InvalidArgumentError naming the parallel size that does not divide the model.
+
+    `feed_forward` is the width of the layers' feed-forward networks, 0 where experts are in their place, which stay
+    whole.
+    """
+    shared = {
+        "attention heads": heads,
+        "key-value heads": query_groups,
+        "feed-forward width": feed_forward,
+        "vocabulary": vocabulary,
+    }
+    for name, size in shared.items():
         if size % tensor:
             raise InvalidArgumentError(f"trainer.tensor_parallel {tensor} does not divide the model's {name} ({size})")
     if heads % (tensor * context):

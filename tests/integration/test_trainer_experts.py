@@ -407,7 +407,7 @@ def test_processes_that_cannot_share_experts_or_heads_are_refused() -> None:
         ValidationError, match="expert_parallel must divide tensor_parallel x context_parallel x data_parallel, 2,"
     ):
         TrainerConfig(model="m", run_path="r", data_parallel=2, expert_parallel=4)
-    model = {"heads": 4, "query_groups": 2, "vocabulary": 48, "layers": 2}
+    model = {"heads": 4, "query_groups": 2, "feed_forward": 64, "vocabulary": 48, "layers": 2}
     for experts in (4, 0):
         with pytest.raises(InvalidArgumentError, match=rf"expert_parallel 3 does not .* experts \({experts}\)"):
             check_divisible(**model, experts=experts, tensor=1, context=1, pipeline=1, expert=3)

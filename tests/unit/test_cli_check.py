@@ -204,6 +204,9 @@ def test_processes_that_cannot_share_the_model_are_named(folder: Path) -> None:
     check_inputs(load_recipe(folder / "recipe.yaml", ["trainer.context_parallel=4"]))
     with pytest.raises(InvalidArgumentError, match=r"2 x 4, does not divide the model's attention heads \(4\)"):
         check_inputs(load_recipe(folder / "recipe.yaml", ["trainer.tensor_parallel=2", "trainer.context_parallel=4"]))
+    change_config(folder / "model", {"intermediate_size": 33})
+    with pytest.raises(InvalidArgumentError, match=r"tensor_parallel 2 does not divide .* feed-forward width \(33\)"):
+        check_inputs(load_recipe(folder / "recipe.yaml", ["trainer.tensor_parallel=2"]))
 
 
 def test_a_long_response_is_counted_by_the_share_of_a_process(folder: Path) -> None:

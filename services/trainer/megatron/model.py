@@ -299,6 +299,7 @@ def build_model(
     check_divisible(
         heads=shape.heads,
         query_groups=shape.query_groups,
+        feed_forward=0 if shape.experts else shape.ffn_hidden,
         vocabulary=shape.vocabulary,
         experts=shape.experts,
         layers=shape.layers,
