@@ -14,6 +14,7 @@ import numpy as np
 from prometheus_client import Gauge
 
 from perigee.errors import (
+    DataLossError,
     FailedPreconditionError,
     InternalError,
     InvalidArgumentError,
@@ -33,7 +34,7 @@ log = get_logger(__name__)
 WAITING = Gauge("perigee_coordinator_waiting_sequences", "Sequences of the phase under way that no worker has.")
 
 # The same call would fail on every worker, so the run fails.
-FATAL = (InvalidArgumentError, UnauthenticatedError, PermissionDeniedError, UnimplementedError)
+FATAL = (InvalidArgumentError, UnauthenticatedError, PermissionDeniedError, UnimplementedError, DataLossError)
 
 
 @dataclass(frozen=True)

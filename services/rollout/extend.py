@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -15,7 +15,14 @@ from prometheus_client import Histogram
 from perigee.buffer.client import BufferClient, StoredTrajectory
 from perigee.buffer.packing import ITEM_BYTES, count_tokens, unpack_token_ids
 from perigee.buffer.v1 import buffer_pb2
-from perigee.errors import AbortedError, DataLossError, InvalidArgumentError, NotFoundError, UnavailableError
+from perigee.errors import (
+    AbortedError,
+    DataLossError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnavailableError,
+)
 from perigee.rollout.v1 import rollout_pb2 as pb
 from services.kit.server import end_tasks
 from services.kit.telemetry import get_logger
@@ -64,7 +71,8 @@ async def extend_trajectories(
 ) -> AsyncGenerator[list[SegmentResult], None]:
     """Extends each trajectory of the request by a segment; yields ends and failures as they come, one per trajectory.
 
-    Raises FailedPreconditionError when the worker does not hold the policy version, ResourceExhaustedError when it has
+    Raises FailedPreconditionError when the worker does not hold the policy version, DataLossError when the buffer does
+    not find tokens that it has had, ResourceExhaustedError when it has
     too much to do, the buffer's error when it cannot be reached, and UnavailableError when the worker shuts down, after
     the tokens that there were have reached the buffer.
     """
@@ -118,19 +126,23 @@ class _Call:
         """Starts each trajectory as soon as its tokens are read."""
         leases = {lease.trajectory_id: lease for lease in self.request.trajectories}
         self.writer.writers = len(leases)
-        stored = self.buffer.read_trajectories(
-            self.request.run_id,
-            list(leases),
-            timeout_s=self.worker.config.buffer_timeout_seconds,
-            tokens=sum(lease.tokens for lease in leases.values()),
-        )
-        async with asyncio.TaskGroup() as group:
+        async with aclosing(self._read(leases)) as stored, asyncio.TaskGroup() as group:
             async for trajectory in stored:
                 group.create_task(self._extend(leases[trajectory.trajectory_id], trajectory, emit))
         if self.handed_back:
             raise UnavailableError(
                 f"Worker {self.worker.worker_id} shuts down and hands {self.handed_back} trajectories back."
             )
+
+    async def _read(self, leases: Mapping[str, pb.LeasedTrajectory]) -> AsyncGenerator[StoredTrajectory, None]:
+        """Yields the trajectories as far as they are generated."""
+        timeout_s, tokens = self.worker.config.buffer_timeout_seconds, sum(lease.tokens for lease in leases.values())
+        stored = self.buffer.read_trajectories(self.request.run_id, list(leases), timeout_s=timeout_s, tokens=tokens)
+        try:
+            async for trajectory in stored:
+                yield trajectory
+        except FailedPreconditionError as error:  # this call's own one speaks of weights
+            raise DataLossError(error.message) from error
 
     async def interrupt_when_draining(self) -> None:
         """Ends the segments once the worker drains, with the tokens that they have; runs until cancelled."""

@@ -9,11 +9,15 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from redis.asyncio import Redis
 
 from perigee.buffer.client import BufferClient
-from perigee.errors import UnavailableError
+from perigee.errors import DataLossError, UnavailableError
 from perigee.rollout.client import RolloutClient
 from perigee.rollout.v1 import rollout_pb2 as pb
+from services.buffer.config import BufferConfig, OffloadConfig
+from services.buffer.service import lifespan
+from services.kit.server import serving
 from services.rollout.extend import SegmentResult, extend_trajectories
 from services.rollout.model import open_policy
 from services.rollout.segment import SegmentSettings
@@ -116,6 +120,39 @@ async def test_a_worker_that_shuts_down_hands_trajectories_back_with_all_their_t
         assert len((await extension.trajectories.read(trajectory_id)).token_ids) == TOKENS - 1
     assert [lease.tokens for lease in await extension.trajectories.lease(ids)] == [TOKENS - 1] * 4
     assert extension.worker.running == 0
+
+
+async def test_a_trajectory_goes_on_from_files_and_one_that_is_gone_is_named(
+    policy_folder: Path, tmp_path: Path
+) -> None:
+    offload = OffloadConfig(location=str(tmp_path / "files"), min_tokens=1)
+    config = BufferConfig(data_path=tmp_path / "data", offload=offload)
+    async with serving(config, lifespan) as app, BufferClient.connect(app.address) as client:
+        engine = PausedEngine()
+        worker = Worker(rollout_config(policy_folder, app.address), open_policy(str(policy_folder), None), engine, "w")
+        extension = Extension(client, worker, engine)
+        worker.set_status(READY, extension.trajectories.run_id, 0)
+        engine.go_on.set()
+        [trajectory_id] = await extension.trajectories.create([[5, 6]])
+
+        async def extend() -> None:
+            leases = await extension.trajectories.lease([trajectory_id])
+            request = extend_request(extension.trajectories.run_id, leases, token_budget=5)
+            async with asyncio.timeout(30):
+                await extension._extend(request)
+
+        async with Redis(unix_socket_path=str(tmp_path / "data/valkey.sock")) as redis, asyncio.timeout(30):
+            for _ in range(2):
+                await extend()
+                while await redis.exists(f"perigee:{{{extension.trajectories.run_id}}}:tokens:{trajectory_id}"):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        held = await extension.trajectories.read(trajectory_id)
+        assert len(held.token_ids) == 10
+        for file in tmp_path.glob("files/*/*"):  # noqa: ASYNC240
+            file.unlink()
+        with pytest.raises(DataLossError, match=r"buffer\.offload\.location: .* does not exist"):
+            await extend()
+        assert worker.running == 0
 
 
 async def test_a_trajectory_may_have_a_budget_of_its_own(extension: Extension) -> None:

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
-from perigee.errors import FailedPreconditionError, InternalError, InvalidArgumentError, NotFoundError, UnavailableError
+from perigee.errors import (
+    DataLossError,
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnavailableError,
+)
 from perigee.rollout.client import RolloutClient
 from services.coordinator.config import DispatchConfig
 from services.coordinator.dispatcher import Dispatcher, PeerError, Progress
@@ -245,8 +252,14 @@ async def test_errors_of_peers_and_requests_end_the_dispatch() -> None:
         raise PeerError(UnavailableError("the buffer is away"))
         yield Progress()
 
+    async def miss_tokens(worker: Worker, keys: list[str]) -> AsyncGenerator[Progress, None]:
+        raise DataLossError("a file does not exist")
+        yield Progress()
+
     with pytest.raises(InvalidArgumentError, match="top_p"):
         await make_dispatcher(registry, refuse).run(["1"])
+    with pytest.raises(DataLossError, match="does not exist"):
+        await make_dispatcher(registry, miss_tokens).run(["1"])
     with pytest.raises(UnavailableError, match="the buffer is away"):
         await make_dispatcher(registry, lose_buffer).run(["1"])
     assert worker.suspect is None
