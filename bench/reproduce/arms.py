@@ -71,7 +71,7 @@ BY_RATE = {
     label: {rate: arm if rate == 1e-4 else at_rate(arm, f"{name}_{rate:.0e}", rate) for rate in rates}
     for label, name, arm, rates in (
         ("ReST", "rest", REST, (1e-4, 3e-4, 1e-3)),
-        ("mirror descent", "mirror_descent", BASE, (1e-4, 3e-4, 1e-3)),
+        ("mirror descent", "mirror_descent", BASE, (3e-5, 1e-4, 3e-4, 1e-3)),
         ("mirror descent, unscaled", "unscaled", UNSCALED, (3e-4,)),
     )
 }
