@@ -196,6 +196,7 @@ async def test_the_example_is_trained(stack: Stack) -> None:
 async def test_rollout_workers_come_and_go_while_a_run_goes_on(stack: Stack) -> None:
     run_id = await stack.start_run(iterations=100)
     await stack.wait_workers(1)
+    await stack.wait_iteration(run_id, 1)  # it has one worker alone, however slowly the stack has started
     stack.compose("up", "--detach", "--no-recreate", "rollout", ROLLOUT_REPLICAS="3")
     await stack.wait_workers(3)
     grown = (await stack.status()).run.iteration
