@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -185,7 +186,7 @@ def stack(podman: Podman, recipe: Path) -> Iterator[Stack]:
 
 async def test_the_example_is_trained(stack: Stack) -> None:
     log = await asyncio.to_thread(stack.wait_end)
-    assert "iteration 3 of 3" in log
+    assert re.search(r"finished: iteration (\d+) of \1,", log), log
     assert "report: " in log
     run_id = (await stack.status()).run.run_id
     stack.check_nothing_lost(run_id)
@@ -208,7 +209,7 @@ async def test_rollout_workers_come_and_go_while_a_run_goes_on(stack: Stack) -> 
     metrics = stack.read_metrics(run_id)
     workers = [int(line["rollout/workers"]) for line in metrics]
     print(f"workers by iteration: {workers}")
-    assert len(metrics) == 100
+    assert len(metrics) - metrics[-1]["untrained_iterations"] == 100
     assert workers[0] == 1
     assert max(workers) == 3
     assert workers[-1] == 1
@@ -228,5 +229,6 @@ async def test_each_container_may_be_killed_during_a_run(stack: Stack) -> None:
         await stack.wait_iteration(run_id, max(done + 2, ready + 1))
         print(f"{service} killed: the next iteration is committed {time.monotonic() - started:.1f} s later")
     await asyncio.to_thread(stack.wait_end)
-    assert len(stack.read_metrics(run_id)) == 110
+    metrics = stack.read_metrics(run_id)
+    assert len(metrics) - metrics[-1]["untrained_iterations"] == 110
     stack.check_nothing_lost(run_id)
