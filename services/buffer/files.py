@@ -166,7 +166,7 @@ class Mover:
             try:
                 await self._move(run_id, trajectory_id, TokenFile(name, first, stop), expert_bytes)
             except AbortedError:
-                continue  # its group was consumed meanwhile: the name is swept
+                continue  # the tokens were consumed or moved meanwhile: the name is swept
             except PerigeeError:
                 with suppress(PerigeeError):  # then it waits until the move is taken for abandoned
                     await self._scripts.run(FINISH_MOVE, run_id, name, trajectory_id, first, "", 0)

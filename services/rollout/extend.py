@@ -141,7 +141,7 @@ class _Call:
         try:
             async for trajectory in stored:
                 yield trajectory
-        except FailedPreconditionError as error:  # this call's own one speaks of weights
+        except FailedPreconditionError as error:  # which a call gives for other weights
             raise DataLossError(error.message) from error
 
     async def interrupt_when_draining(self) -> None:

@@ -118,7 +118,7 @@ def test_long_trajectories_are_resumed_and_trained_with_bounded_memory(tmp_path:
     assert summary["tokens_generated"] >= 2 * tokens
     assert 0 < summary["train_infer_logprob_diff_max"] < 1e-3
     assert "rollout-0 was ended by SIGKILL" in printed or "rollout-1 was ended by SIGKILL" in printed
-    # A quarter of each in a file, but for what the killed worker had sent of a budget, which the next one completed.
+    # Three quarters of each; the last may be about to move when the run ends.
     assert len(list(tmp_path.glob("files/*/*"))) >= 6
     for name in ("buffer", "coordinator", "client"):
         assert memory.growth(name) < MOST_MIB, (name, memory.peaks[name])

@@ -223,12 +223,14 @@ async def test_fronts_killed_while_they_move_trajectories_lose_none_and_leave_no
                 while await waiting(redis):  # noqa: ASYNC110 (what a service does sets no event here)
                     await asyncio.sleep(0.1)
                 assert await redis.exists(*(f"perigee:{{{RUN}}}:tokens:{each}" for each in ids)) == 0
+                held = await redis.hgetall(f"perigee:{{{RUN}}}:files")
+                assert set(held.values()) == {b"held"}
             found = {each.trajectory_id: each async for each in client.read_trajectories(RUN, ids, with_logprobs=True)}
             for number, each in ((int(key[1:]), each) for key, each in found.items()):
                 assert each.token_ids == pack_token_ids([number]) * tokens
                 assert each.logprobs == pack_logprobs([-number / 8]) * tokens
             assert len(found) == 24
-            assert 24 <= len(list(folder.iterdir())) <= 48  # noqa: ASYNC240
+            assert sorted(path.name.encode() for path in folder.iterdir()) == sorted(held)  # noqa: ASYNC240
             await client.commit_iteration(pb.CommitIterationRequest(run_id=RUN, iteration=1, consumed_group_ids=["g"]))
             await until(lambda: not any(folder.iterdir()), timeout_s=60)
 

@@ -21,6 +21,8 @@ from tests.fixtures.cli import Ended, run_perigee, start_perigee
 from tests.fixtures.reward import running_reward
 from tests.fixtures.rollout import CHARACTERS, best_digit, make_policy
 
+pytestmark = pytest.mark.timeout(300)  # the first test waits for a model to be trained and an engine to start
+
 SAMPLES, RESPONSE_TOKENS, GUESSES, SEED = 10, 1, 8, 3
 TEMPLATE = "{prompt}{answer_marker}"
 

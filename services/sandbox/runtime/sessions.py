@@ -245,8 +245,10 @@ class Session:
         self._interrupted = True
         async with self._interrupting:
             if self._begun:
-                with contextlib.suppress(SandboxFailedError):  # the session ends, and with it the cell
+                try:
                     await (await self._ready).sandbox.interrupt()
+                except SandboxFailedError as error:  # the session ends, and with it the cell, or the cell by its limit
+                    log.warning("cell_not_interrupted", session=self.id, reason=error.message)
 
     async def restart(self, context: str) -> None:
         """Starts an interpreter anew once the running cell, which is interrupted, and those that wait have ended.
